@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ...ir.limits import PARTIAL_HEADER
+from ...ir.limits import PAGE_RUN, PARTIAL_HEADER
 from ...ir.op import Op
 from ...ir.ops import Append, Attend, ElementwiseOp, Embed, HeadNorm, RmsNorm, Rope, RopeAngles, Select
 from ...ir.phases import Phase
@@ -287,6 +287,7 @@ def append_lines(
         f"page = tl.load(state + PAGES + (group * {sizes['slots']} + slot) * {sizes['slot_pages']} + position // 64)",
         "t = position % 64",
         f"kv = kv_of(group, {kv_names})",
-        f"tile = kv + page.to(tl.int64) * page_elements(group) + (layer * {cache.kv_heads} + u) * {128 * dim}",
+        f"head = kv + (layer * {cache.kv_heads} + u).to(tl.int64) * {PAGE_RUN * 128 * dim}",
+        f"tile = head + (page // {PAGE_RUN}).to(tl.int64) * run_elements(group) + page % {PAGE_RUN} * {128 * dim}",
         f"tl.store(tile + {place}, x.to(kv.dtype.element_ty), mask=d < {cache.head_dim})",
     ]
