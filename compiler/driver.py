@@ -18,8 +18,9 @@ from ..ir.limits import Limits
 from ..ir.schedule import Schedule
 from ..ir.table import lower
 from ..ir.text import show
-from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.importer import Imported, import_checkpoint
+from ..models.open import open_checkpoint
 from ..passes import Options
 from .artifact import ArtifactFolder, manifest, stack_tables
 from .build import LEVELS, Level, compile_library, host_level
