@@ -21,6 +21,7 @@ from ...ir.errors import CompileError, HostError
 from ...ir.limits import Limits
 
 WARPS = 8
+OPTIONS = {"num_stages": 3, "launch_cooperative_grid": True}
 REGISTERS = 255  # a thread's limit on every architecture we know
 KV_TYPES = {"bf16": "*bf16", "f32": "*fp32"}
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # Triton appends both; null when unused
@@ -28,7 +29,10 @@ HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # Triton appen
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel. `shared` is dynamic shared memory in bytes, `spills` bytes of spill stores and loads."""
+    """A compiled kernel. `shared` is dynamic shared memory in bytes, `spills` bytes of spill stores and loads.
+
+    `arch`: what the machine code is for, sm_90a where it runs on no other than 9.0.
+    """
 
     arch: str
     entry: str
@@ -41,6 +45,7 @@ class Kernel:
     spills: int
     params: tuple[tuple[str, str], ...]
     versions: dict[str, str]
+    options: dict[str, Any]
 
 
 def signature(limits: Limits, kv_names: Sequence[str]) -> dict[str, str]:
@@ -78,7 +83,7 @@ def compile_kernel(text: str, limits: Limits, kv_names: Sequence[str], arch: int
     names = list(step.arg_names)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
     source = ASTSource(fn=step, signature=types, constexprs={}, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": 3, "launch_cooperative_grid": True}
+    options = {"num_warps": warps, **OPTIONS}
     try:
         made: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:
@@ -86,10 +91,19 @@ def compile_kernel(text: str, limits: Limits, kv_names: Sequence[str], arch: int
     usage = resource_usage(made.asm["cubin"], made.asm["ptx"], arch)
     params = (*types.items(), *HIDDEN)
     return Kernel(
-        f"sm_{arch}", made.metadata.name, made.asm["ptx"], made.asm["cubin"], made.metadata.num_warps,
+        code_arch(made.asm["ptx"]), made.metadata.name, made.asm["ptx"], made.asm["cubin"], made.metadata.num_warps,
         made.metadata.shared, usage["registers"], usage["stack"], usage["spills"], params,
         {"triton": triton.__version__, "ptxas": ptxas_version(arch)},
+        {**options, "fp_fusion": os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"},
     )  # fmt: skip
+
+
+def code_arch(ptx: str) -> str:
+    """The architecture that PTX is for: Triton takes the `a` variant from sm_90 on."""
+    found = re.search(r"^\.target (sm_\d+[af]?)", ptx, re.MULTILINE)
+    if found is None:
+        raise HostError("triton: expected PTX with a `.target`, got none")
+    return found[1]
 
 
 def _tool(name: str) -> str:
@@ -120,10 +134,8 @@ def resource_usage(cubin: bytes, ptx: str, arch: int) -> dict[str, int]:
         dumped = subprocess.run(
             [_tool("cuobjdump"), "--dump-resource-usage", str(binary)], capture_output=True, text=True
         ).stdout
-        name = f"--gpu-name=sm_{arch}" + ("a" if arch >= 90 else "")
-        assembled = subprocess.run(
-            [_ptxas(arch), "-v", name, str(text), "-o", os.devnull], capture_output=True, text=True
-        )
+        command = [_ptxas(arch), "-v", f"--gpu-name={code_arch(ptx)}", str(text), "-o", os.devnull]
+        assembled = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", dumped)
     if found is None:
         raise HostError(f"cuobjdump: expected a resource line, got {dumped[:200]!r}")
