@@ -33,10 +33,11 @@ class Code:
 
     @property
     def lines(self) -> str:
-        """`4310 lines of C++, 2027 of Triton`."""
-        texts = [("C++", text) for text in list(self.native.texts.values())[:1]]
-        texts += [("Triton", self.gpu.source.text)] if self.gpu else []
-        return ", ".join(f"{text.count(chr(10))} lines of {name}" for name, text in texts)
+        """`4310 lines of C++ for cpu-avx2, 2027 lines of Triton`."""
+        levels, texts = ", ".join(self.native.texts), list(self.native.texts.values())[:1]
+        found = [f"{text.count(chr(10))} lines of C++ for {levels}" for text in texts]
+        found += [f"{self.gpu.source.text.count(chr(10))} lines of Triton"] if self.gpu else []
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ class Emission:
         for name, building in native.items():
             entries[name], seconds = building.result()
             rendering += seconds
-        names = f" for {', '.join(native)}" if native else ""
-        self.progress("codegen", rendering, code.lines + names)
+        self.progress("codegen", rendering, code.lines)
         return entries
 
     def _gpu_builds(

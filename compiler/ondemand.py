@@ -61,26 +61,38 @@ def find_artifact(name: str, command: str) -> Path:
 
 
 def open_model(
-    name: str, progress: Progress, *, threads: int | None = None, context: int | None = None, all_slots: bool = False
+    name: str,
+    progress: Progress,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    device: str = "auto",
+    all_slots: bool = False,
 ) -> Model:
     """Load an artifact, or the one compiled from a model now or earlier. One sequence's cache unless `all_slots`."""
     path = find_model(name)
     if is_artifact(path):
-        return _load(path, threads, all_slots)
+        return _load(path, threads, device, all_slots)
+    if device == "cuda":
+        raise UsageError(
+            "--device cuda: expected an artifact with a GPU target, got a model that is not compiled",
+            place=name,
+            hint=f"`onelaunch compile {name} --target sm_90` makes one, for sm_90 or what the device is",
+        )
     cached = compiled(path, progress, threads, context)
     try:
-        return _load(cached, threads, all_slots)
+        return _load(cached, threads, device, all_slots)
     except LoadError:
         # What a crash or a full disk left is ours to repair: the model is still there.
         shutil.rmtree(cached, ignore_errors=True)
-        return _load(compiled(path, progress, threads, context), threads, all_slots)
+        return _load(compiled(path, progress, threads, context), threads, device, all_slots)
 
 
-def _load(path: Path, threads: int | None, all_slots: bool) -> Model:
+def _load(path: Path, threads: int | None, device: str, all_slots: bool) -> Model:
     from ..runtime import Artifact, load
 
     context = Artifact.open(path).manifest.limits.context
-    return load(path, threads=threads, kv_tokens=None if all_slots else max(64, context))
+    return load(path, threads=threads, device=device, kv_tokens=None if all_slots else max(64, context))
 
 
 def compiled(model: Path, progress: Progress, threads: int | None = None, context: int | None = None) -> Path:
