@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import VerifyError
-from .table import END, FIELDS
+from .record import END, FIELDS
 
 SEGMENTS = ("mega", "per-phase")
 BODY, SIGNAL = FIELDS.index("body"), FIELDS.index("signal")
@@ -41,7 +41,7 @@ def cuts(table: Table) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     counts = np.zeros(max(int(waits.max()), int(table[:, :, SIGNAL].max()), 0) + 1, np.int64)
     at, found = np.zeros_like(lengths), []
     while (at < lengths).any():
-        held = ((waits >= 0) & (counts[waits] < targets)).any(2)
+        held = np.logical_or.reduce((waits >= 0) & (counts[waits] < targets), axis=2)
         stop = np.minimum(np.where(held.any(1), held.argmax(1), lengths), lengths)
         if not (stop > at).any():
             raise _deadlock(table, at, lengths, held)
@@ -64,9 +64,7 @@ def _cut(table: Table, first: NDArray[np.intp], end: NDArray[np.intp]) -> Table:
     return launch
 
 
-def _deadlock(
-    table: Table, at: NDArray[np.intp], lengths: NDArray[np.intp], held: NDArray[np.bool_]
-) -> VerifyError:
+def _deadlock(table: Table, at: NDArray[np.intp], lengths: NDArray[np.intp], held: NDArray[np.bool_]) -> VerifyError:
     return VerifyError(
         [
             f"task table: expected signals for the waits of worker {w}, record {at[w]}, got too few: "

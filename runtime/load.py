@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..ir.errors import LoadError
+from ..ir.errors import LoadError, UsageError
+from ..ir.segments import SEGMENTS
 from .artifact import Artifact
 from .backend import Backend
 from .cache import page_counts
@@ -22,14 +23,23 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | Path, *, threads: int | None = None, target: str | None = None, kv_tokens: int | None = None
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    target: str | None = None,
+    kv_tokens: int | None = None,
+    segments: str = "mega",
 ) -> Model:
     """Verify an artifact and make it ready to run.
 
     threads: workers, one of the compiled counts; None = the most this machine has cores (or a device has room)
     for. target: None = an NVIDIA device that can run the artifact, else the best for this processor.
     kv_tokens: tokens all live requests may hold together; None = every slot at full context.
+    segments: on an NVIDIA device, "mega" runs a step as one launch, "per-phase" as a launch per phase of the same
+    tiles: slower, there to be compared with. A processor runs steps whole.
     """
+    if segments not in SEGMENTS:
+        raise UsageError(f"segments: expected {' or '.join(SEGMENTS)}, got `{segments}`")
     artifact = Artifact.open(path)
     counts = page_counts(artifact.manifest.caches, artifact.manifest.limits, kv_tokens)
     found = _find_device(artifact, target)
@@ -37,13 +47,19 @@ def load(
     if found:
         from .cuda import open_backend
 
-        backend, workers = open_backend(artifact, found, threads, counts)
+        backend, workers = open_backend(artifact, found, threads, counts, segments)
         chosen = found[2].name
     else:
+        if segments != "mega":
+            raise UsageError(
+                f"segments: expected `mega` on a processor, got `{segments}`",
+                hint="only a GPU target's step can be cut into launches, on a machine with such a device",
+            )
         backend, workers, chosen = _on_processor(artifact, target, threads, counts)
     model = Model(
-        artifact.manifest, backend, counts, lambda: _tokenizer(artifact), target=chosen, threads=workers
-    )
+        artifact.manifest, backend, counts, lambda: _tokenizer(artifact), target=chosen, threads=workers,
+        segments=segments,
+    )  # fmt: skip
     try:
         model.step([0])  # starts threads and touches memory: paid here, not by the first request
         model.reset()
