@@ -61,26 +61,32 @@ def find_artifact(name: str, command: str) -> Path:
 
 
 def open_model(
-    name: str, progress: Progress, *, threads: int | None = None, context: int | None = None, all_slots: bool = False
+    name: str,
+    progress: Progress,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    all_slots: bool = False,
+    segments: str = "mega",
 ) -> Model:
     """Load an artifact, or the one compiled from a model now or earlier. One sequence's cache unless `all_slots`."""
     path = find_model(name)
     if is_artifact(path):
-        return _load(path, threads, all_slots)
+        return _load(path, threads, all_slots, segments)
     cached = compiled(path, progress, threads, context)
     try:
-        return _load(cached, threads, all_slots)
+        return _load(cached, threads, all_slots, segments)
     except LoadError:
         # What a crash or a full disk left is ours to repair: the model is still there.
         shutil.rmtree(cached, ignore_errors=True)
-        return _load(compiled(path, progress, threads, context), threads, all_slots)
+        return _load(compiled(path, progress, threads, context), threads, all_slots, segments)
 
 
-def _load(path: Path, threads: int | None, all_slots: bool) -> Model:
+def _load(path: Path, threads: int | None, all_slots: bool, segments: str) -> Model:
     from ..runtime import Artifact, load
 
     context = Artifact.open(path).manifest.limits.context
-    return load(path, threads=threads, kv_tokens=None if all_slots else max(64, context))
+    return load(path, threads=threads, kv_tokens=None if all_slots else max(64, context), segments=segments)
 
 
 def compiled(model: Path, progress: Progress, threads: int | None = None, context: int | None = None) -> Path:

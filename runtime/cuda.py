@@ -157,7 +157,7 @@ class CudaBackend:
         self.state = self._state
         size = control_bytes(kernel.target)
         self._controls = [self._at["control"] + i * size for i in range(BUCKETS)]
-        self.graphs = StepGraphs(kernel, self._stream, tables, segments, self._at, self._controls)
+        self._graphs = StepGraphs(kernel, self._stream, tables, segments, self._at, self._controls)
         self._fault: StepFault | None = None
         self._process = os.getpid()
         self._finalizer = weakref.finalize(self, self._context.close)
@@ -217,7 +217,7 @@ class CudaBackend:
             try:
                 state.upload()
                 for _ in range(steps):
-                    self.graphs.replay(bucket)
+                    self._graphs.replay(bucket)
             finally:  # an interrupt must not lose what the device did
                 try:
                     done = state.download(slots, counts, steps, fault)
@@ -228,6 +228,16 @@ class CudaBackend:
             self._fault = StepFault.read(state.fault)
             raise self._fault
         return done
+
+    def time_launches(self, bucket: int) -> None:
+        """From now on a bucket's steps note when each of their launches ended: see `launch_times`."""
+        with self._ready():
+            self._graphs.time(bucket)
+
+    def launch_times(self) -> list[float]:
+        """Seconds each launch of that bucket's last step took, gaps before it included; one number if it is one."""
+        with self._ready():
+            return self._graphs.times()
 
     def logits(self, outputs: int) -> NDArray[np.float32]:
         offset, stride = self._manifest.logits_offset, self._manifest.logits_stride

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from onelaunch.ir.errors import HostError, UsageError, VerifyError
 from onelaunch.runtime import StepFault, load
 from onelaunch.runtime.cuda_driver import Driver
-from onelaunch.tests import toy
+from onelaunch.tests import gpu_checks, toy
 from onelaunch.tests.cuda_fake import Fake, called, fake, root, write
 from onelaunch.tests.toy import FAULT, NAN, answer
 
@@ -168,6 +169,49 @@ def test_each_bucket_is_captured_once_and_replayed(fake: Fake, root: Path) -> No
         assert {k["table"] for k in kernels} == {1132, 2132}
 
 
+def test_a_step_in_segments_is_one_graph_of_a_launch_per_depth(fake: Fake, root: Path) -> None:
+    with load(root, segments="per-phase") as model:
+        assert (model.segments, model.generate([1, 2], max_new_tokens=20).tokens) == ("per-phase", answer([1, 2], 20))
+        log = fake.log()
+        grids = [int(line.split()[2]) for line in log if line.startswith("cuLaunchKernelEx")]
+        assert grids == [132, 132, 1] * 2  # the commit needs one worker; a bucket each
+        assert [line for line in log if line.startswith("launched")] == ["launched step alone"] * 6
+        assert called(log).count("cuStreamBeginCapture") == called(log).count("cuGraphInstantiate") == 2
+        kernels = [dict(zip(w[1::2], map(int, w[2::2]), strict=True)) for w in map(str.split, log) if w[0] == "kernel"]
+        assert [(k["grid"], k["records"], k["table"]) for k in kernels[:3]] == [(132, 2, 0), (132, 2, 0), (1, 2, 1132)]
+        assert called(log).count("kernel") == 3 * called(log).count("cuGraphLaunch")
+        assert all(a["epoch"] == c["epoch"] for a, c in zip(kernels[::3], kernels[2::3], strict=True))
+    with load(root) as model:
+        assert "launched step cooperatively" in fake.log()
+
+
+def test_each_bucket_may_have_a_kernel_of_its_own(fake: Fake, tmp_path: Path) -> None:
+    with load(write(tmp_path / "two", entries={"few": "step_few", "many": "step_many"})) as model:
+        assert model.generate([1, 2, 3, 4, 5, 6], max_new_tokens=5).tokens == answer([1, 2, 3, 4, 5, 6], 5)
+        log = fake.log()
+    assert [line.split()[1] for line in log if line.startswith("launched")] == ["step_few", "step_many"]
+    assert log.count("cuFuncSetAttribute 8 100000") == 2
+    assert called(log).count("cuOccupancyMaxActiveBlocksPerMultiprocessor") == 2
+
+
+@pytest.mark.parametrize("segments", ["mega", "per-phase"])
+def test_launches_are_timed_by_events_inside_the_graph(fake: Fake, root: Path, segments: str) -> None:
+    with load(root, segments=segments) as model:
+        backend, live = model._backend, fake.live()
+        backend.time_launches(0)
+        fake.log()
+        model.bench_decode(1, 40)
+        records = [132, 132, 1] if segments == "per-phase" else [265]
+        assert backend.launch_times() == pytest.approx([1e-3 * n for n in records])  # the fake's clock: 1 ms a record
+        assert called(fake.log()).count("cuEventRecordWithFlags") == 0  # they are nodes of the graph
+        assert fake.live() == live + len(records) + 1
+        assert model.generate([1, 2], max_new_tokens=9).tokens == answer([1, 2], 9)
+        fake.set(fail_cuEventRecordWithFlags=999)
+        with pytest.raises(HostError, match=r"cuEventRecordWithFlags failed with .*UNKNOWN"):
+            backend.time_launches(0)
+        assert model.generate([1, 2], max_new_tokens=9).tokens == answer([1, 2], 9)
+
+
 def test_the_first_step_finds_the_weights_and_zeroed_memory(fake: Fake, root: Path) -> None:
     with load(root):
         # Memory comes full of rubbish: weights are exact but for their guard, all else is zero.
@@ -212,6 +256,27 @@ def test_a_fault_is_named_and_ends_the_model(fake: Fake, root: Path, prompt: lis
             model.generate(prompt, max_new_tokens=5)
         with pytest.raises(StepFault):
             model.generate([1], max_new_tokens=5)
+        fake.log()
+        for again in (model._backend.step, lambda: model._backend.run(3)):
+            with pytest.raises(StepFault, match="expected 4 signals of event 3, got 2"):
+                again()
+        assert "cuGraphLaunch" not in called(fake.log())
+
+
+@pytest.mark.parametrize("check", gpu_checks.CHECKS, ids=lambda check: check.__name__)
+def test_what_is_checked_on_a_gpu_holds_for_the_toy_model(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[..., None]
+) -> None:
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("onelaunch.runtime.cuda.PROBE_TOTAL", 4_000_000)
+    gpu_checks.run(check, write(tmp_path / "both", cpu=True), tmp_path)
+
+
+def test_a_signal_that_is_missing_is_the_fault_that_names_it(fake: Fake, tmp_path: Path) -> None:
+    broken = gpu_checks.without_a_signal(write(tmp_path / "toy"), tmp_path / "broken", 132)
+    with pytest.raises(StepFault, match="worker 0 stopped at record 2: expected 132 signals of event 1, got 131"):
+        load(broken)
+    load(broken, threads=66).close()
 
 
 def test_a_device_error_is_a_host_error_and_closing_still_works(fake: Fake, root: Path) -> None:
@@ -244,7 +309,7 @@ def test_an_interrupt_loses_nothing(
 
     with load(root) as model:
         backend = model._backend
-        for caller in (backend, backend.state, backend.graphs):
+        for caller in (backend, backend.state, backend._graphs):
             monkeypatch.setattr(caller, "_call", lambda *a: interrupted(backend._context.driver, *a))
         other = model.stream([3, 2], max_new_tokens=70, repetition_penalty=1.1, stop_tokens=NOWHERE)
         next(other)

@@ -8,7 +8,7 @@ import typer
 
 from ...ir.errors import UsageError
 from .talk import HELP
-from .words import Context, Json, PassLines, human_int, int_list, note, positive, print_json, thread_list
+from .words import Context, Json, PassLines, Segments, human_int, int_list, note, positive, print_json, thread_list
 
 
 def command(
@@ -25,6 +25,7 @@ def command(
         str, typer.Option(metavar="N,N,..", help="Worker threads, each measured", show_default="one per core")
     ] = "",
     rounds: Annotated[int, typer.Option(parser=positive, metavar="N", help="Repetitions, the median is reported")] = 5,
+    segments: Segments = "mega",
     context: Context = None,
     format: Annotated[str, typer.Option(help="md or json")] = "md",
     json: Json = False,
@@ -39,7 +40,9 @@ def command(
 
     found: list[dict[str, Any]] = []
     for count in counts:
-        with open_model(model, PassLines(12), threads=count, context=context, all_slots=rows > 1) as opened:
+        with open_model(
+            model, PassLines(12), threads=count, context=context, all_slots=rows > 1, segments=segments
+        ) as opened:
             found += measure(opened, prompt_tokens, tokens, depths, rows, rounds, note)
     if json or format == "json":
         print_json(found)
@@ -59,7 +62,8 @@ def _markdown(found: list[dict[str, Any]]) -> None:
                 f"{r['read_gbps']:.1f}",
                 f"{r['fraction']:.2f}",
             ]
-        cells = [r["model"], r["target"], str(r["threads"]), r["test"], f"{r['tokens_per_second']:.1f}",
+        target = r["target"] if r["segments"] == "mega" else f"{r['target']} {r['segments']}"
+        cells = [r["model"], target, str(r["threads"]), r["test"], f"{r['tokens_per_second']:.1f}",
                  f"{r['slowest']:.1f} - {r['fastest']:.1f}", *traffic]  # fmt: skip
         print(f"| {' | '.join(cells)} |")
     print("\nSpeed says nothing about the numbers: `onelaunch verify ARTIFACT MODEL` checks them")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...ir.errors import UsageError
-from .words import MODEL_HELP, Context, Json, PassLines, Threads, note, positive, print_json
+from .words import MODEL_HELP, Context, Json, PassLines, Segments, Threads, note, positive, print_json
 
 if TYPE_CHECKING:
     from ...runtime import Generation, Model
@@ -50,6 +50,7 @@ def run(
     seed: Seed = 0,
     threads: Threads = None,
     context: Context = None,
+    segments: Segments = "mega",
     stats: Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -59,7 +60,7 @@ def run(
         "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
-    with _open(model, threads, context) as opened:
+    with _open(model, threads, context, segments) as opened:
         tokenizer = opened.tokenizer
         if tokenizer is None:
             raise UsageError("run: expected a model with a tokenizer, got none", hint="the checkpoint had none")
@@ -149,7 +150,7 @@ def _stats(result: Generation) -> None:
     )
 
 
-def _open(name: str, threads: int | None, context: int | None) -> Model:
+def _open(name: str, threads: int | None, context: int | None, segments: str = "mega") -> Model:
     from ..ondemand import open_model
 
-    return open_model(name, PassLines(12), threads=threads, context=context)
+    return open_model(name, PassLines(12), threads=threads, context=context, segments=segments)

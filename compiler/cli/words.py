@@ -49,6 +49,9 @@ Context: TypeAlias = Annotated[
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(help="Worker threads, one of the compiled counts", show_default="one per core")
 ]
+Segments: TypeAlias = Annotated[
+    str, typer.Option(metavar="mega|per-phase", help="On a GPU: a step as one launch, or as one for each phase")
+]
 MODEL_HELP = "A .gguf file, a Hugging Face folder, or a name: smollm2-135m-instruct, gemma3-270m"
 
 
