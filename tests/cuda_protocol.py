@@ -7,10 +7,12 @@ tests the protocol and the state traffic; nothing here ran on a GPU, and no devi
 from __future__ import annotations
 
 import gc
+import importlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -270,6 +272,47 @@ def test_what_is_checked_on_a_gpu_holds_for_the_toy_model(
     monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("onelaunch.runtime.cuda.PROBE_TOTAL", 4_000_000)
     gpu_checks.run(check, write(tmp_path / "both", cpu=True), tmp_path)
+
+
+class BenchMachine:
+    """The device of gpu.py, without torch."""
+
+    facts: ClassVar[dict[str, Any]] = {"ordinal": 0, "name": "Fake GPU", "arch": "sm_90", "driver": "580"}
+
+    def __init__(self) -> None:
+        self.copies = iter([90.0, 110.0])
+
+    def copy_gbps(self) -> float:
+        return next(self.copies)
+
+    def clocks(self) -> dict[str, str]:
+        return {"clocks.sm": "1980 MHz"}
+
+
+def test_the_gpu_benchmark_reports_verdict_speeds_and_shares(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(Path(__file__).parent / "bench")
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu, "names_of_launches", lambda artifact, workers, table: ["a.x", "a.y", "a.x"])
+    out = tmp_path / "report.json"
+    words = [str(write(tmp_path / "both", cpu=True)), "--json", str(out), "--tokens", "20", "--rounds", "3"]
+    code = gpu.main(words, BenchMachine)
+    assert code == 0, capsys.readouterr().err
+    report = json.loads(out.read_text())
+    found = report["verdict"]
+    assert found["passed"]
+    assert found["steps"] == found["tokens_equal"] == found["generated_as_cpu"] == 20
+    assert [(p["phase"], p["launches"]) for p in report["phases"]] == [("a.x", 2), ("a.y", 1)]
+    assert [p["us"] for p in report["phases"]] == pytest.approx([133e3, 132e3])  # the fake's clock: 1 ms a record
+    modes = report["modes"]
+    assert {name: mode["launches"] for name, mode in modes.items()} == {"mega": 1, "per-phase": 3}
+    assert {name: len(mode["rounds_us"]) for name, mode in modes.items()} == {"mega": 3, "per-phase": 3}
+    assert modes["mega"]["device_us"] == modes["per-phase"]["device_us"] == pytest.approx(265e3)
+    assert modes["mega"]["of_copy"] == pytest.approx(modes["mega"]["gbps"] / 100)
+    assert capsys.readouterr().out.startswith("passed: 20 of 20 tokens")
+    assert gpu.main([str(write(tmp_path / "gpu"))], BenchMachine) == 3  # no CPU target to hold it against
 
 
 def test_a_signal_that_is_missing_is_the_fault_that_names_it(fake: Fake, tmp_path: Path) -> None:
