@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..ir.errors import OnelaunchError, UsageError, nearest
+from ..ir.segments import SEGMENTS
 from .artifact import Artifact
 from .backend import Backend
 from .cache import page_counts
@@ -31,23 +32,33 @@ def load(
     target: str | None = None,
     device: str = "auto",
     kv_tokens: int | None = None,
+    segments: str = "mega",
 ) -> Model:
     """Verify an artifact and make it ready to run.
 
     threads: workers, one of the compiled counts; None = the most this machine has cores (or a device has room)
     for. device: `cuda` or `cpu`; `auto` = an NVIDIA device if one here can run the artifact, else the processor.
     target: one of the artifact's by name; None = the best. kv_tokens: tokens all live requests may hold together;
-    None = every slot at full context.
+    None = every slot at full context. segments: on an NVIDIA device, "mega" runs a step as one launch, "per-phase"
+    as a launch per phase of the same tiles: slower, there to be compared with. A processor runs steps whole.
     """
+    if segments not in SEGMENTS:
+        raise UsageError(f"segments: expected {' or '.join(SEGMENTS)}, got `{segments}`")
     artifact = Artifact.open(path)
     artifact.expect_weights()
     counts = page_counts(artifact.manifest.caches, artifact.manifest.limits, kv_tokens)
     gpus, may_fall_back = _candidates(artifact, target, device)
-    opened = _on_device(artifact, gpus, may_fall_back, threads, counts) if gpus else None
+    opened = _on_device(artifact, gpus, may_fall_back, threads, counts, segments) if gpus else None
+    if opened is None and segments != "mega":
+        raise UsageError(
+            f"segments: expected `mega` on a processor, got `{segments}`",
+            hint="only a GPU target's step can be cut into launches, on a machine with such a device",
+        )
     backend, workers, chosen = opened or _on_processor(artifact, target, threads, counts)
     model = Model(
-        artifact.manifest, backend, counts, lambda: _tokenizer(artifact), target=chosen, threads=workers
-    )
+        artifact.manifest, backend, counts, lambda: _tokenizer(artifact), target=chosen, threads=workers,
+        segments=segments,
+    )  # fmt: skip
     try:
         model.step([0])  # starts threads and touches memory: paid here, not by the first request
         model.reset()
@@ -96,13 +107,14 @@ def _on_device(
     may_fall_back: bool,
     threads: int | None,
     kv_pages: Sequence[int],
+    segments: str,
 ) -> Opened | None:
     """On a device of this machine; None: none can, and the processor may. CUDA is looked for only here."""
     from .cuda import NOT_HERE, find_device, open_backend
 
     try:
         found = find_device(targets)
-        backend, workers = open_backend(artifact, found, threads, kv_pages)
+        backend, workers = open_backend(artifact, found, threads, kv_pages, segments)
     except NOT_HERE as error:
         if may_fall_back:
             return None

@@ -57,8 +57,9 @@ class Target:
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """One compiled step kernel for NVIDIA devices.
+    """The compiled step for NVIDIA devices.
 
+    `entries`: the cubin's kernels for few and for many rows; in the manifest `entries`, or `entry` if they are one.
     `arch`: sm_90, or sm_90a for code of exactly that architecture. `shared`: bytes of dynamic shared memory of a
     block of 32 * `num_warps` threads. `params`: name and type ("*i32", "i32") of each kernel parameter, in order.
     `workers`: grid sizes with a task table. `control_words`: int32 words of the event counters and fault record.
@@ -68,7 +69,7 @@ class CudaTarget:
     name: str
     arch: str
     cubin: str
-    entry: str
+    entries: tuple[str, str]
     num_warps: int
     shared: int
     params: tuple[tuple[str, str], ...]
@@ -78,11 +79,12 @@ class CudaTarget:
 
     @classmethod
     def parse(cls, name: str, raw: dict[str, Any]) -> CudaTarget:
+        entries = raw["entries"] if "entries" in raw else {"few": raw["entry"], "many": raw["entry"]}
         return cls(
             name=name,
             arch=str(raw["arch"]),
             cubin=str(raw["cubin"]),
-            entry=str(raw["entry"]),
+            entries=(str(entries["few"]), str(entries["many"])),
             num_warps=int(raw["num_warps"]),
             shared=int(raw["shared"]),
             params=tuple((str(param), str(kind)) for param, kind in raw["params"]),

@@ -97,7 +97,7 @@ class EmulatedStep:
         tensors += [torch.from_numpy(a) for a in (*arrays[1:], self.raw.view(np.int32))]
         tensors += [torch.from_numpy(a).view(kv_type) for a in self.kv]
         return emulator().emulate(
-            self.kernel.asm["ptx"], self.kernel.metadata, (WORKERS,), [*tensors, table.shape[1]],
+            self.kernel.asm["ptx"], self.kernel.metadata, (len(table),), [*tensors, table.shape[1]],
             names=self.names, seed=seed, readonly=["weights", "table"],
         )  # fmt: skip
 

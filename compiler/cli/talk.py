@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...ir.errors import UsageError
-from .words import MODEL_HELP, Context, Device, Json, PassLines, Threads, note, positive, print_json, spread
+from .words import (
+    MODEL_HELP,
+    Context,
+    Device,
+    Json,
+    PassLines,
+    Segments,
+    Threads,
+    note,
+    positive,
+    print_json,
+    spread,
+)
 
 if TYPE_CHECKING:
     from ...runtime import Generation, Model
@@ -30,6 +42,7 @@ MinP = Annotated[
 Penalty = Annotated[float, typer.Option(min=0.01, help="Against tokens seen before, 1 none", rich_help_panel=SAMPLING)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text", rich_help_panel=SAMPLING)]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")]
+WHERE = ("threads", "context", "device", "segments")
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text, may be repeated")]
 
@@ -48,6 +61,7 @@ class Options:
     threads: Threads = None
     context: Context = None
     device: Device = "auto"
+    segments: Segments = "mega"
     stats: Stats = False
     json: Json = False
 
@@ -59,7 +73,8 @@ class Options:
     def open(self, name: str) -> Model:
         from ..ondemand import open_model
 
-        return open_model(name, PassLines(12), threads=self.threads, context=self.context, device=self.device)
+        where = {name: getattr(self, name) for name in WHERE}
+        return open_model(name, PassLines(12), **where)
 
     def report(self, result: Generation) -> None:
         """What was asked for besides the text."""
