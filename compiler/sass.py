@@ -24,7 +24,6 @@ BRANCHES = ("BRA", "BRX", "BRXU")
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _LINE = re.compile(r'\s*//## File "([^"]*)", line (\d+)(?: inlined at "([^"]*)", line (\d+))?')
 _LABEL = re.compile(r"(\.L_\w+):")
-_LIVE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/.*//\s*\|\s*(\d*)\s*\|")
 
 
 @dataclass(frozen=True)
@@ -58,29 +57,36 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions that can all reach each other, in address order."""
+    """Instructions that can all reach each other, in address order, less those of loops inside."""
 
+    number: int
+    outer: frozenset[int]  # numbers of the loops around it
     code: tuple[Instruction, ...]
 
-    def uses_matrix_units(self) -> bool:
-        return any(i.name in MATRIX for i in self.code)
-
-    def inside(self, other: Loop) -> bool:
-        return self is not other and set(self.code) <= set(other.code)
+    @property
+    def kind(self) -> str:
+        """`matrix` where it computes on tensor cores, else `vector`."""
+        return "matrix" if any(i.name in MATRIX for i in self.code) else "vector"
 
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's instructions in address order; `live` is the number of live registers at each address."""
+    """A kernel's instructions in address order, and the addresses of its labels."""
 
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
-    live: dict[int, int]
 
     def loops(self) -> list[Loop]:
-        """All of them, outer ones before those they contain."""
+        """All of them; an instruction is in the innermost loop that repeats it."""
         flow = self._flow()
-        return [Loop(tuple(self.instructions[i] for i in sorted(nodes))) for nodes in _nested(flow, flow)]
+        around: dict[int, frozenset[int]] = {}
+        for number, nodes in enumerate(_nested(flow, flow)):
+            around |= {i: around.get(i, frozenset()) | {number} for i in nodes}
+        code: dict[frozenset[int], list[Instruction]] = {}
+        for i, instruction in enumerate(self.instructions):
+            if i in around:
+                code.setdefault(around[i], []).append(instruction)
+        return [Loop(max(loops), loops - {max(loops)}, tuple(found)) for loops, found in code.items()]
 
     def _flow(self) -> nx.DiGraph:
         """Which instruction may follow which, by index. Reconvergence is where the code continues anyway."""
@@ -96,7 +102,7 @@ class Code:
 
 
 def _nested(part: nx.DiGraph, flow: nx.DiGraph) -> Iterator[set[int]]:
-    """Cycles of a part of the flow, then the cycles that stay when their entries are taken out."""
+    """Cycles of a part of the flow, each before those that stay in it when its entries are taken out."""
     for nodes in nx.strongly_connected_components(part):
         first = next(iter(nodes))
         if len(nodes) > 1 or part.has_edge(first, first):
@@ -111,11 +117,10 @@ def disassemble(cubin: bytes) -> Code:
         path = Path(folder, "step.cubin")
         path.write_bytes(cubin)
         listing = run_tool("nvdisasm", "-c", "-gi", str(path))
-        ranges = run_tool("nvdisasm", "-c", "-plr", "-lrm", "count", str(path))
     instructions, labels = parse_listing(listing.splitlines())
     if not any(i.call for i in instructions):
         raise HostError("cubin: expected line information of the generated module, got none")
-    return Code(tuple(instructions), labels, _live(ranges))
+    return Code(tuple(instructions), labels)
 
 
 def parse_listing(lines: Iterable[str]) -> tuple[list[Instruction], dict[str, int]]:
@@ -147,8 +152,3 @@ def _instruction(address: int, text: str, chain: list[tuple[str, int]]) -> Instr
     targets = re.findall(r"\.L_\w+", plain) if plain.split()[0].split(".")[0] in BRANCHES else []
     line, call = (ours[0], ours[-1]) if ours else (0, 0)
     return Instruction(address, plain, guard is not None, line, call, tuple(targets))
-
-
-def _live(listing: str) -> dict[int, int]:
-    """Live general registers at each instruction."""
-    return {int(m[1], 16): int(m[2] or 0) for m in map(_LIVE.match, listing.splitlines()) if m}

@@ -123,8 +123,18 @@ def ptxas_version(arch: int) -> str:
 
 
 def portable(ptx: str) -> str:
-    """The same PTX wherever it was made: line information names Triton's library by its installation's path."""
-    return re.sub(r'(\.file\s+\d+\s+)"[^"]*/(triton/language/)', r'\1"\2', ptx)
+    """The same PTX with line information that is right, and that does not depend on where it was made.
+
+    Triton's library is named by its installation's path. Inside inline assembly LLVM counts the lines of the
+    assembly as if they were lines of the module: there the line of the statement stays.
+    """
+    text = re.sub(r'(\.file\s+\d+\s+)"[^"]*/(triton/language/)', r'\1"\2', ptx)
+    inside, kept = False, []
+    for line in text.splitlines():
+        inside = "// begin inline asm" in line or (inside and "// end inline asm" not in line)
+        if not (inside and line.lstrip().startswith(".loc")):
+            kept.append(line)
+    return "\n".join(kept) + "\n"
 
 
 def assemble(ptx: str, arch: int) -> tuple[bytes, dict[str, int]]:
