@@ -127,10 +127,11 @@ def _on_device(
 def _only_for_gpus(artifact: Artifact, error: OnelaunchError) -> OnelaunchError:
     """The same error, saying what the artifact runs on and how to make one that runs here."""
     names = ", ".join(artifact.manifest.target_names)
+    command = f"`{_compile_command(artifact, 'cpu')}` makes one that runs on the processor as well"
     return type(error)(
         [f"targets: expected one that runs on this machine, got {names} only", *error.reasons],
         place=str(artifact.path),
-        hint=f"`{_compile_command(artifact, 'cpu')}` makes one that runs on the processor as well",
+        hint="; ".join(filter(None, (error.hint, command))),
     )
 
 
