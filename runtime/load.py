@@ -36,13 +36,13 @@ def load(
     for. target: None = an NVIDIA device that can run the artifact, else the best for this processor.
     kv_tokens: tokens all live requests may hold together; None = every slot at full context.
     segments: on an NVIDIA device, "mega" runs a step as one launch, "per-phase" as a launch per phase of the same
-    tiles: slower, there to be compared with. A processor runs steps whole.
+    tiles, there to be compared with. A processor runs steps whole.
     """
     if segments not in SEGMENTS:
         raise UsageError(f"segments: expected {' or '.join(SEGMENTS)}, got `{segments}`")
     artifact = Artifact.open(path)
     counts = page_counts(artifact.manifest.caches, artifact.manifest.limits, kv_tokens)
-    found = _find_device(artifact, target)
+    found = _find_device(artifact, target, segments)
     backend: Backend
     if found:
         from .cuda import open_backend
@@ -69,7 +69,7 @@ def load(
     return model
 
 
-def _find_device(artifact: Artifact, target: str | None) -> tuple[Driver, Device, CudaTarget] | None:
+def _find_device(artifact: Artifact, target: str | None, segments: str) -> tuple[Driver, Device, CudaTarget] | None:
     """Where to run a CUDA target; None: on the processor. CUDA is only looked at if the artifact has such."""
     targets = artifact.cuda_targets(target)
     if not targets:
@@ -80,7 +80,7 @@ def _find_device(artifact: Artifact, target: str | None) -> tuple[Driver, Device
     try:
         return find_device(targets)
     except (NoDevice, LoadError):
-        if target is None and artifact.manifest.targets:
+        if target is None and artifact.manifest.targets and segments == "mega":
             return None
         raise
 
