@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from ..ir.errors import HostError, LoadError, OnelaunchError, UsageError
 from .artifact import Artifact
 from .backend import StepFault
-from .cuda_driver import Context, CudaError, Device, Driver, release
+from .cuda_driver import Context, CudaError, Device, Driver, NoDevice, release
 from .cuda_graph import StepGraphs
-from .cuda_kernel import Kernel, check_driver
+from .cuda_kernel import Kernel, TooSmall, check_driver
 from .cuda_state import WORD, DeviceState
 from .manifest import WEIGHTS, CudaTarget, Manifest
 from .memory import GUARD, Buffer
@@ -38,6 +38,14 @@ BUCKETS = 2  # few rows, many rows
 FAULT_WORD = 8  # of the control buffer: kind, worker, record, event, seen, expected
 PROBE_BYTES = 256 << 20  # of a bandwidth probe's copies: several times any L2
 PROBE_TOTAL = 1 << 30
+
+
+class OtherDevices(LoadError):
+    """This machine has devices, but none that runs a target of the artifact."""
+
+
+# Why an artifact that also has a processor's target runs there instead; anything else is an error to mend.
+NOT_HERE = (NoDevice, OtherDevices, TooSmall)
 
 
 def probe() -> dict[str, Any]:
@@ -53,7 +61,7 @@ def probe() -> dict[str, Any]:
 def find_device(targets: Sequence[CudaTarget]) -> tuple[Driver, Device, CudaTarget]:
     """The first device that can run one of the targets, with the newest of those.
 
-    NoDevice: no driver or device. LoadError: devices, but of other architectures.
+    NoDevice: no driver or device. OtherDevices: devices, but of other architectures.
     """
     driver = Driver()
     devices = driver.devices()
@@ -62,7 +70,7 @@ def find_device(targets: Sequence[CudaTarget]) -> tuple[Driver, Device, CudaTarg
         if fitting:
             return driver, device, max(fitting, key=lambda t: t.version)
     got = ", ".join(f"{device.arch} ({device.name})" for device in devices) or "no device"
-    raise LoadError(
+    raise OtherDevices(
         [f"target `{target.name}`: expected a device that runs {target.arch} code, got {got}" for target in targets],
         hint=f"compile for this device: `--target {devices[0].arch}`" if devices else "",
     )
@@ -93,6 +101,18 @@ def open_backend(
         context.close()
         raise
     return backend, workers
+
+
+def check_device(artifact: Artifact, target: CudaTarget) -> None:
+    """Raise what `open_backend` would of a device, its driver and the kernel, without reading weights."""
+    driver, device, _ = find_device([target])
+    check_driver(driver, target)
+    context = Context(driver, device)
+    try:
+        with context:
+            Kernel(context, target, artifact.read(target.cubin)).pick_workers(None)
+    finally:
+        context.close()
 
 
 def memory_plan(manifest: Manifest, target: CudaTarget, weights: int, kv_pages: Sequence[int]) -> dict[str, int]:

@@ -24,6 +24,10 @@ def check_driver(driver: Driver, target: CudaTarget) -> None:
         )
 
 
+class TooSmall(HostError):
+    """The device has no room for as many workers as any task table needs."""
+
+
 class Kernel:
     """The step kernels of a target on one device: how they are launched, and how many workers fit at once."""
 
@@ -110,10 +114,10 @@ class Kernel:
             )
         fitting = [n for n in known if n <= self._per_sm * sms and threads in (None, n)]
         if not fitting:
-            raise HostError(
+            raise TooSmall(
                 f"target `{self.target.name}`: expected {threads or min(known)} thread blocks at once, "
                 f"got {self._per_sm * sms} ({self._per_sm} on each of {sms} SMs of {self._device.name})",
-                hint=f"workers wait for each other, so all must run: compile with --workers {self._per_sm * sms}"
+                hint=f"workers wait for each other, so all must run: compile for a machine of {self._per_sm * sms} SMs"
                 if self._per_sm
                 else "the kernel needs more registers or shared memory than this device has: compile for it",
             )

@@ -133,7 +133,8 @@ class Manifest:
     """What an artifact says about itself. `raw` is the whole document, `traffic` its `bytes` field.
 
     `targets` are for processors, `cuda_targets` for NVIDIA devices.
-    `logits_offset` is in bytes of the workspace, `logits_stride` in floats.
+    `logits_offset` is in bytes of the workspace, `logits_stride` in floats. `weights_packed`: False when it was
+    compiled to look at, without weights; such an artifact cannot be loaded.
     """
 
     name: str
@@ -152,6 +153,11 @@ class Manifest:
     files: dict[str, str]
     raw: dict[str, Any]
     cuda_targets: tuple[CudaTarget, ...] = ()
+    weights_packed: bool = True
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return (*(t.name for t in self.targets), *(t.name for t in self.cuda_targets))
 
     @property
     def threads(self) -> tuple[int, ...]:
@@ -216,6 +222,7 @@ class Manifest:
             cuda_targets=tuple(
                 CudaTarget.parse(name, t) for name, t in raw["targets"].items() if kinds[name] == "cuda"
             ),
+            weights_packed=raw.get("weights_packed", True) is not False,
         )
 
 
@@ -235,7 +242,8 @@ def _consistency(m: Manifest) -> list[str]:
         f"file `{name}`: expected a sha256, got `{h}`" for name, h in m.files.items() if not _is_hash(h)
     ]
     reasons += [f"file `{name}`: expected a plain relative path" for name in m.files if not is_plain(name)]
-    needed = [WEIGHTS, *(target.library for target in m.targets)]
+    needed = [WEIGHTS] if m.weights_packed else []
+    needed += [target.library for target in m.targets]
     for gpu in m.cuda_targets:
         needed += [gpu.cubin, *gpu.tables()]
         reasons += gpu.reasons(len(m.caches))

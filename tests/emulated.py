@@ -20,8 +20,8 @@ from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.limits import Limits, kv_tile_bytes, state_bytes, state_fields
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.table import cache_groups, lower
-from onelaunch.models.checkpoint import open_checkpoint
 from onelaunch.models.importer import import_checkpoint
+from onelaunch.models.open import open_checkpoint
 from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as codegen/triton/build.py compiles

@@ -8,7 +8,19 @@ import typer
 
 from ...ir.errors import UsageError
 from .talk import HELP
-from .words import Context, Json, PassLines, Segments, human_int, int_list, note, positive, print_json, thread_list
+from .words import (
+    Context,
+    Device,
+    Json,
+    PassLines,
+    Segments,
+    human_int,
+    int_list,
+    note,
+    positive,
+    print_json,
+    thread_list,
+)
 
 
 def command(
@@ -27,6 +39,7 @@ def command(
     rounds: Annotated[int, typer.Option(parser=positive, metavar="N", help="Repetitions, the median is reported")] = 5,
     segments: Segments = "mega",
     context: Context = None,
+    device: Device = "auto",
     format: Annotated[str, typer.Option(help="md or json")] = "md",
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -40,9 +53,8 @@ def command(
 
     found: list[dict[str, Any]] = []
     for count in counts:
-        with open_model(
-            model, PassLines(12), threads=count, context=context, all_slots=rows > 1, segments=segments
-        ) as opened:
+        how: dict[str, Any] = {"threads": count, "context": context, "device": device, "segments": segments}
+        with open_model(model, PassLines(12), all_slots=rows > 1, **how) as opened:
             found += measure(opened, prompt_tokens, tokens, depths, rows, rounds, note)
     if json or format == "json":
         print_json(found)
