@@ -103,8 +103,10 @@ def test_without_a_driver_the_processor_is_used(
     with load(cuda_fake.write(tmp_path / "toy", cpu=True)) as model:
         assert model.target == "cpu-toy"
         assert model.generate([1, 2], max_new_tokens=5).tokens == toy.answer([1, 2], 5)
-    with pytest.raises(UsageError, match="segments: expected `mega` on a processor, got `per-phase`"):
+    with pytest.raises(HostError, match="expected NVIDIA's driver"):  # a processor cannot stand in for this one
         load(tmp_path / "toy", segments="per-phase")
+    with pytest.raises(UsageError, match="segments: expected `mega` on a processor, got `per-phase`"):
+        load(tmp_path / "toy", target="cpu-toy", segments="per-phase")
 
 
 def test_a_demanded_device_is_never_replaced_by_the_processor(
