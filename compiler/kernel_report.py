@@ -30,12 +30,14 @@ Formats = dict[str, str]  # title of a body that reads a matrix -> weight format
 class MainLoop:
     """One loop over codes. `kind` is `matrix` where products are made on tensor cores (several rows), else `vector`.
 
-    widths: bits per thread and load of codes -> loads in the loop. per_weight: thread-instructions.
+    widths: bits per thread and load of codes -> loads in the loop. bytes: of codes that the block reads in one
+    iteration. per_weight: thread-instructions.
     """
 
     kind: str
     instructions: int
     widths: dict[int, int]
+    bytes: int
     per_weight: float
     mix: dict[str, int]
 
@@ -142,12 +144,13 @@ def _body(
 
 
 def _main_loop(loop: Loop, loads: list[Instruction], threads: int, bits: int) -> MainLoop:
-    weights = threads * sum(i.load_bits() for i in loads) / bits
+    read = threads * sum(i.load_bits() for i in loads)
     return MainLoop(
         loop.kind,
         len(loop.code),
         dict(Counter(i.load_bits() for i in loads)),
-        len(loop.code) * threads / weights,
+        read // 8,
+        len(loop.code) * threads * bits / read,
         dict(Counter(i.name for i in loop.code).most_common()),
     )
 
