@@ -24,25 +24,37 @@ def check_driver(driver: Driver, target: CudaTarget) -> None:
         )
 
 
+class TooSmall(HostError):
+    """The device has no room for as many workers as any task table needs."""
+
+
 class Kernel:
-    """The step kernel of a target on one device: how it is launched, and how many workers fit at once."""
+    """The step kernels of a target on one device: how they are launched, and how many workers fit at once."""
 
     def __init__(self, context: Context, target: CudaTarget, cubin: bytes) -> None:
         self.context, self.target = context, target
         self.call, self._api, self._device = context.driver.call, context.driver.api, context.device
         self.block = 32 * target.num_warps
         module = self._load(cubin)
+        found = {name: self._function(module, name) for name in dict.fromkeys(target.entries)}
+        self._functions = [found[name] for name in target.entries]
+        self._per_sm = min(self._ready(name, function) for name, function in found.items())
+
+    def _function(self, module: Any, name: str) -> Any:
         try:
-            self.function = self.call("cuModuleGetFunction", module, target.entry.encode())
+            return self.call("cuModuleGetFunction", module, name.encode())
         except CudaError as error:
-            raise LoadError(f"{target.cubin}: expected a kernel `{target.entry}`, got none") from error
-        self._check_parameters()
-        self._check_limits()
-        if target.shared > STATIC_SHARED:
+            raise LoadError(f"{self.target.cubin}: expected a kernel `{name}`, got none") from error
+
+    def _ready(self, name: str, function: Any) -> int:
+        """Check a kernel and give it its shared memory; how many of its blocks an SM holds."""
+        shared = self.target.shared
+        self._check_parameters(name, function)
+        self._check_limits(function)
+        if shared > STATIC_SHARED:
             most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self.call("cuFuncSetAttribute", self.function, most, target.shared)
-        per_sm = self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", self.function, self.block, target.shared)
-        self._per_sm = int(per_sm)
+            self.call("cuFuncSetAttribute", function, most, shared)
+        return int(self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, self.block, shared))
 
     def _load(self, cubin: bytes) -> Any:
         try:
@@ -57,12 +69,12 @@ class Kernel:
                 hint=f"update NVIDIA's driver ({self.target.min_driver or 'no release'} is needed) or compile again",
             ) from error
 
-    def _check_parameters(self) -> None:
+    def _check_parameters(self, name: str, function: Any) -> None:
         """The manifest's list against the kernel's own: a wrong one would corrupt memory silently."""
         sizes = []
         try:
             for i in range(len(self.target.params) + 1):
-                sizes.append(int(self.call("cuFuncGetParamInfo", self.function, i)[1]))
+                sizes.append(int(self.call("cuFuncGetParamInfo", function, i)[1]))
         except CudaError:
             pass  # past the last one
         except HostError:
@@ -70,14 +82,14 @@ class Kernel:
         expected = [8 if kind.startswith("*") else 4 for _, kind in self.target.params]
         if sizes != expected:
             raise LoadError(
-                f"target `{self.target.name}`: expected `params` of {sizes} bytes as in {self.target.cubin}, "
+                f"target `{self.target.name}`: expected `params` of {sizes} bytes as `{name}` in {self.target.cubin}, "
                 f"got {expected}",
                 hint="manifest and kernel are not of one compilation: compile the model again",
             )
 
-    def _check_limits(self) -> None:
+    def _check_limits(self, function: Any) -> None:
         most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
-        threads = int(self.call("cuFuncGetAttribute", most, self.function))
+        threads = int(self.call("cuFuncGetAttribute", most, function))
         device, name = self._device, f"target `{self.target.name}`"
         reasons = []
         if self.block > threads:
@@ -102,21 +114,24 @@ class Kernel:
             )
         fitting = [n for n in known if n <= self._per_sm * sms and threads in (None, n)]
         if not fitting:
-            raise HostError(
+            raise TooSmall(
                 f"target `{self.target.name}`: expected {threads or min(known)} thread blocks at once, "
                 f"got {self._per_sm * sms} ({self._per_sm} on each of {sms} SMs of {self._device.name})",
-                hint=f"workers wait for each other, so all must run: compile with --workers {self._per_sm * sms}"
+                hint=f"workers wait for each other, so all must run: compile for a machine of {self._per_sm * sms} SMs"
                 if self._per_sm
                 else "the kernel needs more registers or shared memory than this device has: compile for it",
             )
         return max(fitting)
 
-    def launch(self, workers: int, values: Mapping[str, int], stream: Any) -> None:
-        """Queue one cooperative launch: it fails, instead of hanging, if not all blocks can be resident."""
+    def launch(
+        self, bucket: int, workers: int, values: Mapping[str, int], stream: Any, *, together: bool = True
+    ) -> None:
+        """Queue one launch of a bucket's kernel. `together`: its workers wait for each other, so it is cooperative,
+        and fails instead of hanging if not all blocks can be resident."""
         api = self._api
         attribute = api.CUlaunchAttribute()
         attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        attribute.value.cooperative = 1
+        attribute.value.cooperative = int(together)
         config = api.CUlaunchConfig()
         config.gridDimX, config.blockDimX = workers, self.block
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
@@ -125,4 +140,4 @@ class Kernel:
         kinds = [ctypes.c_uint64 if kind.startswith("*") else ctypes.c_int32 for _, kind in self.target.params]
         arguments = [kind(values[name]) for (name, _), kind in zip(self.target.params, kinds, strict=True)]
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self.call("cuLaunchKernelEx", config, self.function, ctypes.addressof(pointers), 0)
+        self.call("cuLaunchKernelEx", config, self._functions[bucket], ctypes.addressof(pointers), 0)

@@ -57,8 +57,9 @@ class Target:
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """One compiled step kernel for NVIDIA devices.
+    """The compiled step for NVIDIA devices.
 
+    `entries`: the cubin's kernels for few and for many rows; in the manifest `entries`, or `entry` if they are one.
     `arch`: sm_90, or sm_90a for code of exactly that architecture. `shared`: bytes of dynamic shared memory of a
     block of 32 * `num_warps` threads. `params`: name and type ("*i32", "i32") of each kernel parameter, in order.
     `workers`: grid sizes with a task table. `control_words`: int32 words of the event counters and fault record.
@@ -68,7 +69,7 @@ class CudaTarget:
     name: str
     arch: str
     cubin: str
-    entry: str
+    entries: tuple[str, str]
     num_warps: int
     shared: int
     params: tuple[tuple[str, str], ...]
@@ -78,11 +79,12 @@ class CudaTarget:
 
     @classmethod
     def parse(cls, name: str, raw: dict[str, Any]) -> CudaTarget:
+        entries = raw["entries"] if "entries" in raw else {"few": raw["entry"], "many": raw["entry"]}
         return cls(
             name=name,
             arch=str(raw["arch"]),
             cubin=str(raw["cubin"]),
-            entry=str(raw["entry"]),
+            entries=(str(entries["few"]), str(entries["many"])),
             num_warps=int(raw["num_warps"]),
             shared=int(raw["shared"]),
             params=tuple((str(param), str(kind)) for param, kind in raw["params"]),
@@ -131,7 +133,8 @@ class Manifest:
     """What an artifact says about itself. `raw` is the whole document, `traffic` its `bytes` field.
 
     `targets` are for processors, `cuda_targets` for NVIDIA devices.
-    `logits_offset` is in bytes of the workspace, `logits_stride` in floats.
+    `logits_offset` is in bytes of the workspace, `logits_stride` in floats. `weights_packed`: False when it was
+    compiled to look at, without weights; such an artifact cannot be loaded.
     """
 
     name: str
@@ -150,6 +153,11 @@ class Manifest:
     files: dict[str, str]
     raw: dict[str, Any]
     cuda_targets: tuple[CudaTarget, ...] = ()
+    weights_packed: bool = True
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return (*(t.name for t in self.targets), *(t.name for t in self.cuda_targets))
 
     @property
     def threads(self) -> tuple[int, ...]:
@@ -214,6 +222,7 @@ class Manifest:
             cuda_targets=tuple(
                 CudaTarget.parse(name, t) for name, t in raw["targets"].items() if kinds[name] == "cuda"
             ),
+            weights_packed=raw.get("weights_packed", True) is not False,
         )
 
 
@@ -233,7 +242,8 @@ def _consistency(m: Manifest) -> list[str]:
         f"file `{name}`: expected a sha256, got `{h}`" for name, h in m.files.items() if not _is_hash(h)
     ]
     reasons += [f"file `{name}`: expected a plain relative path" for name in m.files if not is_plain(name)]
-    needed = [WEIGHTS, *(target.library for target in m.targets)]
+    needed = [WEIGHTS] if m.weights_packed else []
+    needed += [target.library for target in m.targets]
     for gpu in m.cuda_targets:
         needed += [gpu.cubin, *gpu.tables()]
         reasons += gpu.reasons(len(m.caches))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from onelaunch.compiler import driver
+from onelaunch.compiler import native
 from onelaunch.runtime import host
 from onelaunch.tests.compiled import ArtifactCache
 
@@ -16,7 +16,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArtifactCache
     """Compiles a checkpoint; see `ArtifactCache`."""
     cache = ArtifactCache(tmp_path_factory.mktemp("compiled"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "compile_library", cache.library)
+        patch.setattr(native, "compile_library", cache.library)
         patch.setenv("ONELAUNCH_CACHE", str(tmp_path_factory.mktemp("kernels")))
         host.kernel_folder.cache_clear()
         yield cache

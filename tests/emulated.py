@@ -20,8 +20,8 @@ from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.limits import Limits, kv_tile_bytes, state_bytes, state_fields
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.table import cache_groups, lower
-from onelaunch.models.checkpoint import open_checkpoint
 from onelaunch.models.importer import import_checkpoint
+from onelaunch.models.open import open_checkpoint
 from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as codegen/triton/build.py compiles
@@ -97,7 +97,7 @@ class EmulatedStep:
         tensors += [torch.from_numpy(a) for a in (*arrays[1:], self.raw.view(np.int32))]
         tensors += [torch.from_numpy(a).view(kv_type) for a in self.kv]
         return emulator().emulate(
-            self.kernel.asm["ptx"], self.kernel.metadata, (WORKERS,), [*tensors, table.shape[1]],
+            self.kernel.asm["ptx"], self.kernel.metadata, (len(table),), [*tensors, table.shape[1]],
             names=self.names, seed=seed, readonly=["weights", "table"],
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch.ir.errors import HostError
+from onelaunch.ir.errors import HostError, UsageError
 from onelaunch.runtime import cuda_driver, host, load
 from onelaunch.runtime.cuda import probe
 from onelaunch.tests import cuda_fake, toy
@@ -96,6 +96,8 @@ def test_without_a_driver_the_processor_is_used(
     with load(cuda_fake.write(tmp_path / "toy", cpu=True)) as model:
         assert model.target == "cpu-toy"
         assert model.generate([1, 2], max_new_tokens=5).tokens == toy.answer([1, 2], 5)
+    with pytest.raises(UsageError, match="segments: expected `mega` on a processor, got `per-phase`"):
+        load(tmp_path / "toy", segments="per-phase")
 
 
 def test_a_driver_without_the_package_is_never_passed_over(

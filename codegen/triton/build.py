@@ -21,6 +21,7 @@ from ...ir.errors import CompileError, HostError
 from ...ir.limits import Limits
 
 WARPS = 8
+OPTIONS = {"num_stages": 3, "launch_cooperative_grid": True}
 REGISTERS = 255  # a thread's limit on every architecture we know
 KV_TYPES = {"bf16": "*bf16", "f32": "*fp32"}
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # Triton appends both; null when unused
@@ -30,6 +31,7 @@ HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # Triton appen
 class Kernel:
     """A compiled kernel. `spills` are bytes of spill stores and loads.
 
+    arch: what the machine code is for, sm_90a where it runs on no other than 9.0.
     shared, static_shared: bytes of shared memory asked for at the launch, and reserved by the code (1024 of them by
     the system from sm_90 on).
     The PTX and the cubin carry line information: it names lines of the generated text, no path.
@@ -47,6 +49,7 @@ class Kernel:
     static_shared: int
     params: tuple[tuple[str, str], ...]
     versions: dict[str, str]
+    options: dict[str, Any]
 
 
 def signature(limits: Limits, kv_names: Sequence[str]) -> dict[str, str]:
@@ -82,7 +85,7 @@ def compile_kernel(text: str, limits: Limits, kv_names: Sequence[str], arch: int
     names = list(step.arg_names)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
     source = ASTSource(fn=step, signature=types, constexprs={}, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": 3, "launch_cooperative_grid": True}
+    options = {"num_warps": warps, **OPTIONS}
     try:
         made: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:
@@ -91,11 +94,20 @@ def compile_kernel(text: str, limits: Limits, kv_names: Sequence[str], arch: int
     cubin, usage = assemble(ptx, arch)
     params = (*types.items(), *HIDDEN)
     return Kernel(
-        f"sm_{arch}", made.metadata.name, ptx, cubin, made.metadata.num_warps,
+        code_arch(ptx), made.metadata.name, ptx, cubin, made.metadata.num_warps,
         made.metadata.shared, usage["registers"], usage["stack"], usage["spills"],
         usage["static_shared"], params,
         {"triton": triton.__version__, "ptxas": ptxas_version(arch)},
+        {**options, "fp_fusion": os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"},
     )  # fmt: skip
+
+
+def code_arch(ptx: str) -> str:
+    """The architecture that PTX is for: Triton takes the `a` variant from sm_90 on."""
+    found = re.search(r"^\.target (sm_\d+[af]?)", ptx, re.MULTILINE)
+    if found is None:
+        raise HostError("triton: expected PTX with a `.target`, got none")
+    return found[1]
 
 
 def run_tool(name: str, *words: str) -> str:
@@ -143,7 +155,7 @@ def assemble(ptx: str, arch: int) -> tuple[bytes, dict[str, int]]:
     Uses: registers per thread, bytes of stack, bytes spilled, bytes of static shared memory. The flags are those
     Triton gives ptxas.
     """
-    name = f"--gpu-name=sm_{arch}" + ("a" if arch >= 90 else "")
+    name = f"--gpu-name={code_arch(ptx)}"
     with tempfile.TemporaryDirectory() as folder:
         binary, text = Path(folder, "step.cubin"), Path(folder, "step.ptx")
         text.write_text(ptx)
