@@ -45,7 +45,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything, in the order of reading."""
-    return [*_system(), *_processor(), *_memory(), _compiler(), _cache(), *_packages(), *_gpu(), _bandwidth()]
+    return [*_system(), *_processor(), *_memory(), _compiler(), _cache(), *_packages(), *examine_gpus(), _bandwidth()]
 
 
 def _system() -> Iterator[Finding]:
@@ -107,7 +107,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "not installed", status, hint)
 
 
-def _gpu() -> Iterator[Finding]:
+def examine_gpus() -> Iterator[Finding]:
     """NVIDIA's driver and what it drives, as the runtime finds them."""
     found = probe()
     if "error" in found:

@@ -90,6 +90,7 @@ def misfits(kernel: Kernel, machine: Machine) -> Iterator[str]:
     per_block = -(-kernel.registers // 8) * 8 * threads  # registers are handed out by eight per thread
     for what, got, most in (
         ("bytes of shared memory per block", kernel.shared, machine.shared_bytes_per_block),
+        ("bytes of shared memory per SM", kernel.shared + kernel.static_shared, machine.shared_bytes_per_sm),
         ("registers per thread", kernel.registers, REGISTERS),
         ("registers per block", per_block, machine.registers_per_sm),
         ("threads per block", threads, min(BLOCK_THREADS, machine.threads_per_sm)),
@@ -118,6 +119,7 @@ def target_entry(gpu: GpuTarget, kernel: Kernel, cubin: str, control_words: int)
         "registers": kernel.registers,
         "spills": kernel.spills,
         "stack": kernel.stack,
+        "static_shared": kernel.static_shared,
         **kernel.versions,
         "options": kernel.options,
     }

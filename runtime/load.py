@@ -40,7 +40,7 @@ def load(
     for. device: `cuda` or `cpu`; `auto` = an NVIDIA device if one here can run the artifact, else the processor.
     target: one of the artifact's by name; None = the best. kv_tokens: tokens all live requests may hold together;
     None = every slot at full context. segments: on an NVIDIA device, "mega" runs a step as one launch, "per-phase"
-    as a launch per phase of the same tiles: slower, there to be compared with. A processor runs steps whole.
+    as a launch per phase of the same tiles, there to be compared with. A processor runs steps whole.
     """
     if segments not in SEGMENTS:
         raise UsageError(f"segments: expected {' or '.join(SEGMENTS)}, got `{segments}`")
@@ -48,6 +48,7 @@ def load(
     artifact.expect_weights()
     counts = page_counts(artifact.manifest.caches, artifact.manifest.limits, kv_tokens)
     gpus, may_fall_back = _candidates(artifact, target, device)
+    may_fall_back &= segments == "mega"  # a processor cannot stand in for a step in segments
     opened = _on_device(artifact, gpus, may_fall_back, threads, counts, segments) if gpus else None
     if opened is None and segments != "mega":
         raise UsageError(
@@ -127,10 +128,11 @@ def _on_device(
 def _only_for_gpus(artifact: Artifact, error: OnelaunchError) -> OnelaunchError:
     """The same error, saying what the artifact runs on and how to make one that runs here."""
     names = ", ".join(artifact.manifest.target_names)
+    command = f"`{_compile_command(artifact, 'cpu')}` makes one that runs on the processor as well"
     return type(error)(
         [f"targets: expected one that runs on this machine, got {names} only", *error.reasons],
         place=str(artifact.path),
-        hint=f"`{_compile_command(artifact, 'cpu')}` makes one that runs on the processor as well",
+        hint="; ".join(filter(None, (error.hint, command))),
     )
 
 

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import save_random
+from compiled import ArtifactCache
 from tiny import tiny
 
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.vm import VirtualMachine
+from onelaunch.runtime import Artifact
 from onelaunch.tests.bench import gpu_report
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32)
@@ -77,6 +80,15 @@ def test_launches_are_named_by_the_phases_they_run():
     assert [name for name, _ in groupby(many)] == names  # there a phase's prologue is shared: a launch of its own
     with pytest.raises(ValueError, match="with other records"):
         gpu_report.launch_names(model.schedule("few", 3), table)
+
+
+def test_an_artifact_says_which_phases_its_launches_run(gpu: ModuleType, compiled: ArtifactCache, tmp_path: Path):
+    save_random(tmp_path, "llama", num_hidden_layers=2)
+    artifact = Artifact.open(compiled(tmp_path, limits={"context": 256}))
+    phases = ["q_k_v", "attend", "o", "gate_up", "down"]
+    names = gpu.names_of_launches(artifact, 2, artifact.tables(2)[0])
+    assert names[1:11] == [f"global.{phase}" for phase in phases] * 2
+    assert names[-2:] == ["exit.sample", "exit.commit"]
 
 
 def report() -> dict[str, Any]:
