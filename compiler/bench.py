@@ -83,6 +83,7 @@ def _entry(model: Model, test: str, rates: list[float], bandwidths: list[float])
         "model": model.name,
         "target": model.target,
         "threads": model.threads,
+        "segments": model.segments,
         "test": test,
         "rounds": len(rates),
         "tokens_per_second": median(rates),

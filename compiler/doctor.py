@@ -9,14 +9,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from ctypes.util import find_library
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..ir.errors import HostError
 from ..runtime import host
+from ..runtime.artifact import Artifact
+from ..runtime.cuda import probe
+from ..runtime.load import why_not
 from .build import LEVELS, find_compiler, host_flags, host_level
 from .ondemand import cache_folder
 
@@ -24,7 +26,7 @@ NEEDED = (
     "lark", "jinja2", "networkx", "numpy", "torch", "safetensors", "tokenizers", "typer", "rich", "ml-dtypes",
     "filelock",
 )  # fmt: skip
-OPTIONAL = ("gguf", "triton", "transformers", "ziglang")
+OPTIONAL = ("gguf", "triton", "cuda-bindings", "transformers", "ziglang")
 PROBE = "numpy sum of a buffer larger than the caches, one thread per core"
 
 
@@ -43,7 +45,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything, in the order of reading."""
-    return [*_system(), *_processor(), *_memory(), _compiler(), _cache(), *_packages(), _gpu(), _bandwidth()]
+    return [*_system(), *_processor(), *_memory(), _compiler(), _cache(), *_packages(), *examine_gpus(), _bandwidth()]
 
 
 def _system() -> Iterator[Finding]:
@@ -105,11 +107,44 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "not installed", status, hint)
 
 
-def _gpu() -> Finding:
-    library = find_library("cuda")
-    if library:
-        return Finding("cuda driver", library)
-    return Finding("cuda driver", "none: GPU targets cannot run on this machine", "note")
+def examine_gpus() -> Iterator[Finding]:
+    """NVIDIA's driver and what it drives, as the runtime finds them."""
+    found = probe()
+    if "error" in found:
+        yield Finding("cuda", f"{found['error']}: GPU targets cannot run on this machine", "note", found["hint"])
+        return
+    yield Finding("cuda", f"driver {found['release'] or 'of an unknown release'} for CUDA {found['driver']}")
+    for device in found["devices"]:
+        value = f"{device['name']}: {device['arch']}, {device['sms']} SMs, {device['memory'] / 2**30:.1f} GiB"
+        yield Finding(f"gpu {device['ordinal']}", value)
+
+
+def examine_artifact(path: Path) -> list[Finding]:
+    """Each target of an artifact: whether it would be used on this machine, and why not."""
+    artifact = Artifact.open(path)
+    manifest = artifact.manifest
+    found = [Finding("artifact", f"{manifest.name}: {manifest.family}, {', '.join(manifest.target_names)}")]
+    if not manifest.weights_packed:
+        value = "not packed: it was compiled with --no-weights to be inspected"
+        found.append(Finding("weights", value, "missing", "compile the model again without that option"))
+    reasons = {name: why_not(artifact, name) for name in manifest.target_names}
+    chosen = _chosen(artifact, reasons)
+    for name, reason in reasons.items():
+        if reason:
+            found.append(Finding(f"target {name}", f"not used: {reason}", "note" if chosen else "missing"))
+        else:
+            value = "used here" if name == chosen else f"runs here, but `{chosen}` is used"
+            found.append(Finding(f"target {name}", value))
+    return found
+
+
+def _chosen(artifact: Artifact, reasons: Mapping[str, str]) -> str:
+    """The target that `load` takes if nobody asks for one: the newest for a device, else the best for the processor."""
+    gpus = [t for t in artifact.manifest.cuda_targets if not reasons[t.name]]
+    if gpus:
+        return max(gpus, key=lambda target: target.version).name
+    cpus = [t for t in artifact.manifest.targets if not reasons[t.name]]
+    return max(cpus, key=lambda target: target.level).name if cpus else ""
 
 
 def _bandwidth() -> Finding:

@@ -5,24 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from ..codegen.cpu.render import render_step
-from ..ir.errors import UsageError, expect, nearest
+from ..ir.errors import UsageError, expect
 from ..ir.limits import Limits
 from ..ir.schedule import Schedule
-from ..ir.table import lower
 from ..ir.text import show
-from ..models.checkpoint import Checkpoint, open_checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.importer import Imported, import_checkpoint
-from ..passes import Options
-from .artifact import ArtifactFolder, manifest, stack_tables
-from .build import LEVELS, Level, compile_library, host_level
+from ..models.open import open_checkpoint
+from ..passes import GRAPH_PASSES, Options
+from .emit import Emission
+from .gpu import refuse_formats
 from .lowering import (
     Dump,
     Lowered,
@@ -33,16 +28,20 @@ from .lowering import (
     read_dump,
     run_graph_passes,
 )
-from .weights import PackedWeight, packed_weights, weight_plan, write_weights
+from .target_list import Targets, parse_targets
 
 DEFAULT_WORKERS = (1, 2, 4, 8, 16)
+GRAPH_NAMES = tuple(name for name, _ in GRAPH_PASSES)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile and for what. `workers` are the thread counts to make task tables for.
+    """What to compile and for what. `target` is a list of processors and GPUs, as `--target` takes it.
 
+    workers: the thread counts of a processor to make task tables for; a GPU has one worker per SM.
     fit_context: shorten `limits.context` to what the model was trained for instead of refusing more.
+    pack: False leaves the weights out; the artifact can be inspected, not loaded.
+    target_files: TOML files, or folders of them, with machines of the user's own.
     """
 
     model: Path
@@ -54,25 +53,29 @@ class Request:
     ignore_config: frozenset[str] = frozenset()
     start_from: Path | None = None
     fit_context: bool = False
+    pack: bool = True
+    target_files: Sequence[Path] = ()
 
 
 def silent(phase: str, seconds: float, detail: str) -> None:
     """A Progress that prints nothing."""
 
 
-def target_level(name: str) -> Level:
-    """The level of a target name; `auto` and `cpu` are this machine's best."""
-    if name in ("auto", "cpu"):
-        return host_level()
-    if name not in LEVELS:
+def request_targets(request: Request) -> Targets:
+    """The targets a request names. UsageError for a wrong name, and for threads that no target has."""
+    targets = parse_targets(request.target, request.target_files)
+    if request.workers and not targets.levels:
         raise UsageError(
-            f"--target: expected auto, cpu or one of {', '.join(LEVELS)}, got `{name}`",
-            hint=nearest(name, LEVELS),
+            f"--threads: expected a processor among the targets to run them, got `{request.target}`",
+            hint="a GPU has one worker per SM; add `cpu` to --target",
         )
-    return LEVELS[name]
+    return targets
 
 
-def worker_counts(request: Request) -> tuple[int, ...]:
+def thread_counts(request: Request, targets: Targets) -> tuple[int, ...]:
+    """The worker counts of processors, ascending; none without a processor among the targets."""
+    if not targets.levels:
+        return ()
     counts = tuple(request.workers) or (*DEFAULT_WORKERS, os.cpu_count() or 1)
     expect(all(1 <= w <= 256 for w in counts), f"--threads: expected 1 to 256, got {list(counts)}")
     return tuple(sorted(set(counts)))
@@ -81,9 +84,9 @@ def worker_counts(request: Request) -> tuple[int, ...]:
 def compile_model(request: Request, dump: Dump | None = None, progress: Progress = silent) -> Path | None:
     """Compile; returns the artifact's path, or None when `dump.stop_after` ended it early."""
     start = time.perf_counter()
-    target_level(request.target)  # a wrong name is told before the checkpoint is read
-    imported = import_checkpoint(open_checkpoint(request.model, request.ignore_config))
-    return compile_imported(imported, request, dump, progress, start)
+    request_targets(request)  # a wrong name is told before the checkpoint is read
+    checkpoint = open_checkpoint(request.model, request.ignore_config, shapes_only=not request.pack)
+    return compile_imported(import_checkpoint(checkpoint), request, dump, progress, start)
 
 
 def compile_imported(
@@ -96,14 +99,19 @@ def compile_imported(
     """The same from a checkpoint that is bound to its family's text already; `start`: when that began."""
     dump, checkpoint = dump or Dump(), imported.checkpoint
     start = time.perf_counter() if start is None else start
-    level = target_level(request.target)
+    targets = request_targets(request)
     limits = _fit_context(request, checkpoint)
+    threads = thread_counts(request, targets)
     progress("import", time.perf_counter() - start, f"{checkpoint.family}, {len(checkpoint.tensors)} tensors")
     dump.keep("import", show(imported.program))
     if dump.stops("import"):
         return None
-    lowered = _lower(request, imported, limits, dump, progress)
-    return None if lowered is None else _emit(request, imported, lowered, limits, level, dump, progress)
+    workers = sorted({*threads, *(count for gpu in targets.gpus for count in gpu.workers)})
+    lowered = _lower(request, imported, targets, limits, workers, dump, progress)
+    if lowered is None:
+        return None
+    emission = Emission(request.model, request.quant, imported, targets, limits, threads, dump, progress)
+    return emission.write(lowered, request.output, request.pack)
 
 
 def _fit_context(request: Request, checkpoint: Checkpoint) -> Limits:
@@ -119,148 +127,41 @@ def _fit_context(request: Request, checkpoint: Checkpoint) -> Limits:
 
 
 def _lower(
-    request: Request, imported: Imported, limits: Limits, dump: Dump, progress: Progress
-) -> Lowered | None:
-    options = Options(request.quant)
-    if request.start_from is None:
-        program = run_graph_passes(imported.program, options, dump, progress, "import")
-        return None if dump.stop_after in _graph_names() else lower_program(
-            program, limits, worker_counts(request), dump, progress
-        )
-    found, after = read_dump(request.start_from)
-    if isinstance(found, Schedule):
-        check_edited(found.program, imported.program)
-        expect(found.limits == limits, "--start-from: the schedule was made for other limits")
-        rest = lower_program(found.program, limits, worker_counts(request), Dump(), silent)
-        assert rest is not None
-        made = {**rest.schedules, found.workers: {**rest.schedules[found.workers], found.bucket: found}}
-        return finish_schedules(found.program, made, (found.workers, found.bucket), dump, progress, after)
-    check_edited(found, imported.program)
-    program = run_graph_passes(found, options, dump, progress, after)
-    if dump.stop_after in _graph_names():
-        return None
-    return lower_program(program, limits, worker_counts(request), dump, progress)
-
-
-def _graph_names() -> tuple[str, ...]:
-    from ..passes import GRAPH_PASSES
-
-    return tuple(name for name, _ in GRAPH_PASSES)
-
-
-def _emit(
     request: Request,
     imported: Imported,
-    lowered: Lowered,
+    targets: Targets,
     limits: Limits,
-    level: Level,
+    workers: Sequence[int],
     dump: Dump,
     progress: Progress,
-) -> Path | None:
-    start = time.perf_counter()
-    weights = packed_weights(lowered.program)
-    plan = weight_plan(weights)
-    sources = {w: render_step(s, level.number) for w, s in lowered.schedules.items()}
-    text = next(iter(sources.values())).text
-    tables = {
-        w: stack_tables({b: lower(s, sources[w].bodies[b], plan) for b, s in schedules.items()})
-        for w, schedules in lowered.schedules.items()
-    }
-    rendering = time.perf_counter() - start
-    dump.keep("codegen", text, "cpp")
-    if dump.stops("codegen"):
-        progress("codegen", rendering, f"{text.count(chr(10))} lines of C++")
-        return None
-    folder = ArtifactFolder(request.output)
-    try:
-        # The C++ compiler is another process: weights are packed meanwhile.
-        with ThreadPoolExecutor(1) as pool:
-            building = pool.submit(_build, folder, text, level)
-            _pack(folder, weights, imported, progress)
-            compiler, seconds = building.result()
-        progress("codegen", rendering + seconds, f"{text.count(chr(10))} lines of C++ for {level.name}")
-        _write_rest(folder, request, imported, lowered, tables, dump)
-        folder.commit(
-            manifest(
-                lowered.program, limits, lowered.schedules, weights,
-                _more(request, imported, lowered, folder, level, compiler),
-            )
-        )  # fmt: skip
-    except BaseException:
-        folder.discard()
-        raise
-    return request.output
+) -> Lowered | None:
+    program, after, edited = imported.program, "import", None
+    if request.start_from is not None:
+        found, after = read_dump(request.start_from)
+        edited = found if isinstance(found, Schedule) else None
+        program = found.program if isinstance(found, Schedule) else found
+        check_edited(program, imported.program)
+    if edited is None:
+        program = run_graph_passes(program, Options(request.quant), dump, progress, after)
+        if dump.stop_after in GRAPH_NAMES:
+            return None
+    refuse_formats(program, targets.gpus)
+    if edited is None:
+        return lower_program(program, limits, workers, dump, progress)
+    return _lower_edited(edited, after, limits, workers, dump, progress)
 
 
-def _build(folder: ArtifactFolder, text: str, level: Level) -> tuple[str, float]:
-    start = time.perf_counter()
-    source, library = (folder.path(f"kernels/{level.name}/step.{suffix}") for suffix in ("cpp", "so"))
-    source.write_text(text)
-    version = compile_library(source, library, level)
-    return version, time.perf_counter() - start
-
-
-def _pack(folder: ArtifactFolder, weights: list[PackedWeight], imported: Imported, progress: Progress) -> None:
-    start = time.perf_counter()
-    name = "weights/weights.safetensors"
-    digest = write_weights(folder.path(name), weights, imported, lambda done, total: None)
-    folder.add(name, digest)
-    size = sum(w.size for w in weights)
-    progress("pack", time.perf_counter() - start, f"{size / 1e6:.1f} MB in {len(weights)} tensors")
-
-
-def _write_rest(
-    folder: ArtifactFolder,
-    request: Request,
-    imported: Imported,
-    lowered: Lowered,
-    tables: dict[int, np.ndarray],
-    dump: Dump,
-) -> None:
-    for name in sorted(p.relative_to(folder.folder).as_posix() for p in folder.folder.glob("kernels/*/*")):
-        folder.add(name)
-    for workers, table in tables.items():
-        np.save(folder.path(f"tables/{workers}.npy"), table, allow_pickle=False)
-        folder.add(f"tables/{workers}.npy")
-    for name, text in dump.texts.items():
-        if name.endswith(".ir"):
-            folder.text(f"ir/{name}", text)
-    if imported.checkpoint.tokenizer is not None:
-        tokenizer = folder.path("tokenizer/x").parent
-        imported.checkpoint.tokenizer().write(tokenizer)
-        for path in sorted(tokenizer.iterdir()):
-            folder.add(f"tokenizer/{path.name}")
-
-
-def _more(
-    request: Request,
-    imported: Imported,
-    lowered: Lowered,
-    folder: ArtifactFolder,
-    level: Level,
-    compiler: str,
-) -> dict[str, Any]:
-    checkpoint = imported.checkpoint
-    hyper = {k: v for k, v in checkpoint.hyper.items() if isinstance(v, int | float | bool | str | tuple | dict)}
-    return {
-        "name": request.model.name if request.model.is_dir() else request.model.stem,
-        "source": {"path": request.model.name, "format": checkpoint.source, "ignored": imported.ignored},
-        "hyper": hyper,
-        "quant": request.quant,
-        "numerics": "int8 activations per 32, float32 sums in a fixed order",
-        "targets": {
-            level.name: {
-                "library": f"kernels/{level.name}/step.so",
-                "level": level.number,
-                "isa": list(level.isa),
-                "compiler": compiler,
-            }
-        },
-        "certificates": {
-            str(w): {
-                "tables": folder.hashes[f"tables/{w}.npy"],
-                "schedules": {b: c.as_dict() for b, c in proofs.items()},
-            }
-            for w, proofs in lowered.certificates.items()
-        },
-    }
+def _lower_edited(
+    edited: Schedule, after: str, limits: Limits, workers: Sequence[int], dump: Dump, progress: Progress
+) -> Lowered | None:
+    """A schedule from a dump takes the place of ours for its worker count and bucket."""
+    expect(edited.limits == limits, "--start-from: the schedule was made for other limits")
+    expect(
+        edited.workers in workers,
+        f"--start-from: expected a schedule of {', '.join(map(str, workers))} workers, got {edited.workers}",
+        hint="give the --target and --threads that the dump was made with",
+    )
+    rest = lower_program(edited.program, limits, workers, Dump(), silent)
+    assert rest is not None
+    made = {**rest.schedules, edited.workers: {**rest.schedules[edited.workers], edited.bucket: edited}}
+    return finish_schedules(edited.program, made, (edited.workers, edited.bucket), dump, progress, after)

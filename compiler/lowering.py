@@ -13,6 +13,7 @@ from ..ir.graph import Program
 from ..ir.limits import Limits
 from ..ir.schedule import BUCKETS, Schedule
 from ..ir.schedule_text import parse_schedule, show_schedule
+from ..ir.table import event_count
 from ..ir.text import parse_program, show
 from ..ir.validate import validate_buckets
 from ..passes import GRAPH_PASSES, PIPELINE, SCHEDULE_PASSES, Options, schedule
@@ -53,6 +54,10 @@ class Lowered:
     program: Program
     schedules: dict[int, dict[str, Schedule]]
     certificates: dict[int, dict[str, Certificate]]
+
+    def rendered(self, counts: Sequence[int]) -> dict[str, Schedule]:
+        """What to render code from that serves all these worker counts: the one with most events to make room for."""
+        return max((self.schedules[w] for w in counts), key=lambda made: max(map(event_count, made.values())))
 
 
 def run_graph_passes(program: Program, options: Options, dump: Dump, progress: Progress, after: str) -> Program:

@@ -61,26 +61,39 @@ def find_artifact(name: str, command: str) -> Path:
 
 
 def open_model(
-    name: str, progress: Progress, *, threads: int | None = None, context: int | None = None, all_slots: bool = False
+    name: str,
+    progress: Progress,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    device: str = "auto",
+    segments: str = "mega",
+    all_slots: bool = False,
 ) -> Model:
     """Load an artifact, or the one compiled from a model now or earlier. One sequence's cache unless `all_slots`."""
-    path = find_model(name)
+    path, how = find_model(name), {"threads": threads, "device": device, "segments": segments}
     if is_artifact(path):
-        return _load(path, threads, all_slots)
+        return _load(path, all_slots, how)
+    if device == "cuda":
+        raise UsageError(
+            "--device cuda: expected an artifact with a GPU target, got a model that is not compiled",
+            place=name,
+            hint=f"`onelaunch compile {name} --target sm_90` makes one, for sm_90 or what the device is",
+        )
     cached = compiled(path, progress, threads, context)
     try:
-        return _load(cached, threads, all_slots)
+        return _load(cached, all_slots, how)
     except LoadError:
         # What a crash or a full disk left is ours to repair: the model is still there.
         shutil.rmtree(cached, ignore_errors=True)
-        return _load(compiled(path, progress, threads, context), threads, all_slots)
+        return _load(compiled(path, progress, threads, context), all_slots, how)
 
 
-def _load(path: Path, threads: int | None, all_slots: bool) -> Model:
+def _load(path: Path, all_slots: bool, how: dict[str, Any]) -> Model:
     from ..runtime import Artifact, load
 
     context = Artifact.open(path).manifest.limits.context
-    return load(path, threads=threads, kv_tokens=None if all_slots else max(64, context))
+    return load(path, kv_tokens=None if all_slots else max(64, context), **how)
 
 
 def compiled(model: Path, progress: Progress, threads: int | None = None, context: int | None = None) -> Path:

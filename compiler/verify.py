@@ -29,8 +29,8 @@ from ..ir.formats import FORMATS, decode
 from ..ir.graph import Program
 from ..ir.reference import ReferenceModel, RowBatch
 from ..ir.text import show
-from ..models.checkpoint import open_checkpoint
 from ..models.importer import Imported, import_checkpoint
+from ..models.open import open_checkpoint
 from ..runtime import Artifact, Model, load
 from .report import fused_program, ir_text
 from .rounding import has_bf16_dot, rounded_program

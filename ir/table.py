@@ -15,18 +15,14 @@ import numpy as np
 from .errors import expect
 from .graph import Graph
 from .limits import ALIGN
+from .record import ARGS, END, FIELDS, MAX_WAITS, RECORD_WORDS
 from .schedule import PREVIOUS, Prefetch, Schedule, Section, Task
 from .types import CacheType
 
-RECORD_WORDS = 32
-MAX_WAITS = 2
-# Word positions; the C++ and Triton loops are generated from this list.
-FIELDS = (
-    "body", "first", "last", "step", "layer", "wait0", "target0", "wait1", "target1", "signal",
-    "prefetch", "prefetch_size",
-)  # fmt: skip
-ARGS = len(FIELDS)  # words ARGS.. are the body's arguments
-END = -1  # body of the record after a worker's last
+__all__ = [
+    "ARGS", "END", "FIELDS", "MAX_WAITS", "RECORD_WORDS", "Arg", "Body", "CacheGroup", "WeightPlan", "cache_groups",
+    "event_count", "lower",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ What config.json means is in hf_config.py. Pickled weights are never read.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..ir.errors import LoadError
-from .checkpoint import FORMATS, Checkpoint, TensorInfo
+from .checkpoint import FORMATS, Checkpoint, TensorInfo, TokenizerFiles
 from .hf_config import hf_hyper
 from .json_file import read_json
 from .safetensors import Slice, read_slices
@@ -28,9 +29,7 @@ INDEX = "model.safetensors.index.json"
 
 def open_hf(directory: Path, ignore: frozenset[str] = frozenset()) -> Checkpoint:
     """Open a directory. `ignore`: config fields to pass over although we do not know them."""
-    family, hyper = hf_hyper(
-        read_json(directory / "config.json"), _generation(directory), str(directory), ignore
-    )
+    family, hyper = read_hf_config(directory, ignore)
     slices = _all_slices(directory)
     tensors = {n: TensorInfo(n, DENSE.get(s.dtype, (s.dtype,))[0], s.shape) for n, s in slices.items()}
 
@@ -44,17 +43,23 @@ def open_hf(directory: Path, ignore: frozenset[str] = frozenset()) -> Checkpoint
         for t in tensors.values()
         if t.format not in FORMATS
     )
-    has_tokenizer = any(
-        (directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    )
-    tokenizer = (lambda: convert_hf_tokenizer(directory, hyper["eos"])) if has_tokenizer else None
     files = tuple(sorted({s.file for s in slices.values()}))
+    tokenizer = tokenizer_of(directory, hyper)
     return Checkpoint(directory, "hf", family, hyper, tensors, read, tokenizer, problems, files)
 
 
-def _generation(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+def read_hf_config(directory: Path, ignore: frozenset[str]) -> tuple[str, dict[str, Any]]:
+    """Family and canonical hyper-parameters of a directory."""
+    generation = directory / "generation_config.json"
+    settings = read_json(generation) if generation.is_file() else {}
+    return hf_hyper(read_json(directory / "config.json"), settings, str(directory), ignore)
+
+
+def tokenizer_of(directory: Path, hyper: Mapping[str, Any]) -> Callable[[], TokenizerFiles] | None:
+    """What converts the directory's tokenizer; None if it has none."""
+    if not any((directory / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return lambda: convert_hf_tokenizer(directory, hyper["eos"])
 
 
 def _map_tensor(name: str, part: Slice) -> np.ndarray:

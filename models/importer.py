@@ -56,7 +56,7 @@ def family_text(family: str) -> ModelText:
 def import_checkpoint(checkpoint: Checkpoint, text: ModelText | None = None) -> Imported:
     """Bind a checkpoint to its family's text (or `text`). Raises LoadError with every reason."""
     text = text or family_text(checkpoint.family)
-    hyper, constants = _complete(checkpoint.hyper)
+    hyper, constants = complete(checkpoint.hyper)
     sources, reasons = _bind(text, hyper, constants, checkpoint)
     ignored = _unused(checkpoint, sources, reasons)
     for cap in ("logit_softcap", "attn_softcap"):
@@ -75,7 +75,7 @@ def import_checkpoint(checkpoint: Checkpoint, text: ModelText | None = None) -> 
     return Imported(instantiate(text, hyper, resolve), sources, checkpoint, ignored)
 
 
-def _complete(hyper: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def complete(hyper: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Hyper-parameters the texts use that follow from others, and the computed constants."""
     rope, context = hyper["rope"], hyper["context"]
     freq, factor = inverse_frequencies(hyper["head_dim"], rope["theta"], rope["scaling"], context)

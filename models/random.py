@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import LoadError
-from ..ir.model_text import ModelText, WeightText, parse_model
+from ..ir.model_text import ModelText, parse_model
 from .checkpoint import Checkpoint, TensorInfo
-from .instantiate import evaluate_number
+from .shapes import tensor_shapes
 
 HYPER: dict[str, Any] = {
     "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 128, "vocab": 256, "context": 512,
@@ -34,11 +34,7 @@ def random_checkpoint(text: ModelText | str, hyper: Mapping[str, Any] | None = N
     full = {**HYPER, **given}
     full["query_scale"] = given.get("query_scale", full["head_dim"] ** -0.5)
     full["layer_kinds"] = given.get("layer_kinds", ("global",) * full["layers"])
-    names = full | {"norm_offset": float(full["norm_plus_one"]), "rope_factor": 1.0}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for owner, weights in model.weights:
-        for layer in range(full["layers"]) if owner else (-1,):
-            shapes |= _places(weights, layer, names)
+    shapes = tensor_shapes(model, full)
 
     def read(name: str) -> np.ndarray:
         if name not in shapes:
@@ -47,17 +43,6 @@ def random_checkpoint(text: ModelText | str, hyper: Mapping[str, Any] | None = N
 
     tensors = {name: TensorInfo(name, "f32", shape) for name, shape in shapes.items()}
     return Checkpoint(Path(f"random-{model.name}"), "hf", model.name, full, tensors, read)
-
-
-def _places(weights: tuple[WeightText, ...], layer: int, hyper: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Tensor name to shape of what a checkpoint must hold."""
-    found = {}
-    for w in weights:
-        if w.constant or (w.otherwise and hyper["tied"]):
-            continue
-        name = dict(w.places).get("hf", w.name).replace("{i}", str(layer))
-        found[name] = tuple(int(evaluate_number(s, hyper)) for s in w.shape)
-    return found
 
 
 def _values(index: int, shape: tuple[int, ...], seed: int) -> np.ndarray:

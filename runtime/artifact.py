@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from ..ir.errors import LoadError, UsageError, nearest
 from . import host
 from .container import CHUNK, Member, members
-from .manifest import WEIGHTS, CudaTarget, Manifest, Target
+from .cuda_target import CudaTarget
+from .manifest import WEIGHTS, Manifest, Target
 from .memory import Buffer
 
 MANIFEST = "manifest.json"
@@ -68,7 +69,7 @@ class Artifact:
 
     def cuda_targets(self, name: str | None = None) -> tuple[CudaTarget, ...]:
         """The targets for NVIDIA devices that may run: all, or the one asked for, or none if it is another kind."""
-        known = [*(t.name for t in self.manifest.targets), *(t.name for t in self.manifest.cuda_targets)]
+        known = self.manifest.target_names
         if name is not None and name not in known:
             raise UsageError(
                 f"target: expected one of {', '.join(known)}, got `{name}`",
@@ -119,6 +120,7 @@ class Artifact:
 
         hashlib releases the GIL: other files are hashed beside the weights, which are read ahead.
         """
+        self.expect_weights()
         others = [name for name in self.manifest.files if name != WEIGHTS]
         with ThreadPoolExecutor(max(2, min(8, host.cores()))) as pool:
             hashes = pool.map(lambda name: self.members[name].sha256(), others)
@@ -126,6 +128,15 @@ class Artifact:
             for name, got in [*zip(others, hashes, strict=True), (WEIGHTS, digest)]:
                 _check_hash(name, got, self.manifest.files[name], self.path)
         return weights
+
+    def expect_weights(self) -> None:
+        """LoadError for an artifact that was compiled without its weights."""
+        if not self.manifest.weights_packed:
+            raise LoadError(
+                "weights: expected packed ones, got an artifact that was compiled with --no-weights",
+                place=str(self.path),
+                hint="it can be inspected; compile the model again without that option to run it",
+            )
 
     def read(self, name: str) -> bytes:
         """The verified bytes of one listed file."""

@@ -1,10 +1,12 @@
 """The CUDA backend: a cubin, launched cooperatively and replayed as a CUDA graph through the driver API.
 
-A step is one replay: its arguments never change, the rows are in device memory, the kernel writes the next
-step's rows itself. The host sends what it changed (`cuda_state.py`), replays, and takes a few bytes back.
+A step is one replay (`cuda_graph.py`): its arguments never change, the rows are in device memory, the kernel
+writes the next step's rows itself. The host sends what it changed (`cuda_state.py`), replays, and takes a few
+bytes back.
 
 What the kernel must do for this: a launch that finds no rows commits nothing (a burst may end early; its last
-replays find nothing to do), and one that finds a fault recorded leaves the state alone.
+replays find nothing to do), and one that finds a fault recorded drains out. What a fault leaves is not to be
+trusted, so no step follows it.
 
 A worker waits for event counters to reach epoch x producers. The two buckets' tables have different producers, so
 each bucket has a control buffer of its own: its epoch counts that bucket's steps alone.
@@ -12,7 +14,6 @@ each bucket has a control buffer of its own: its epoch counts that bucket's step
 
 from __future__ import annotations
 
-import contextlib
 import os
 import weakref
 from collections.abc import Sequence
@@ -23,20 +24,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import HostError, LoadError, OnelaunchError, UsageError
-from ..ir.limits import PAGE_RUN, kv_pool_bytes
+from ..ir.limits import PAGE_RUN
 from .artifact import Artifact
 from .backend import StepFault
-from .cuda_driver import Context, CudaError, Device, Driver, release
-from .cuda_kernel import Kernel, check_driver
-from .cuda_state import WORD, DeviceState
-from .manifest import WEIGHTS, CudaTarget, Manifest
-from .memory import GUARD, Buffer
+from .cuda_driver import Context, CudaError, Device, Driver, NoDevice, release
+from .cuda_graph import StepGraphs
+from .cuda_kernel import Kernel, TooSmall, check_driver
+from .cuda_memory import check_memory, control_bytes, memory_plan
+from .cuda_state import DeviceState
+from .cuda_target import BUCKETS, CudaTarget
+from .manifest import WEIGHTS, Manifest
+from .memory import Buffer
 from .state import State
 
-BUCKETS = 2  # few rows, many rows
 FAULT_WORD = 8  # of the control buffer: kind, worker, record, event, seen, expected
 PROBE_BYTES = 256 << 20  # of a bandwidth probe's copies: several times any L2
 PROBE_TOTAL = 1 << 30
+
+
+class OtherDevices(LoadError):
+    """This machine has devices, but none that runs a target of the artifact."""
+
+
+# Why an artifact that also has a processor's target runs there instead; anything else is an error to mend.
+NOT_HERE = (NoDevice, OtherDevices, TooSmall)
 
 
 def probe() -> dict[str, Any]:
@@ -52,7 +63,7 @@ def probe() -> dict[str, Any]:
 def find_device(targets: Sequence[CudaTarget]) -> tuple[Driver, Device, CudaTarget]:
     """The first device that can run one of the targets, with the newest of those.
 
-    NoDevice: no driver or device. LoadError: devices, but of other architectures.
+    NoDevice: no driver or device. OtherDevices: devices, but of other architectures.
     """
     driver = Driver()
     devices = driver.devices()
@@ -61,7 +72,7 @@ def find_device(targets: Sequence[CudaTarget]) -> tuple[Driver, Device, CudaTarg
         if fitting:
             return driver, device, max(fitting, key=lambda t: t.version)
     got = ", ".join(f"{device.arch} ({device.name})" for device in devices) or "no device"
-    raise LoadError(
+    raise OtherDevices(
         [f"target `{target.name}`: expected a device that runs {target.arch} code, got {got}" for target in targets],
         hint=f"compile for this device: `--target {devices[0].arch}`" if devices else "",
     )
@@ -72,6 +83,7 @@ def open_backend(
     found: tuple[Driver, Device, CudaTarget],
     threads: int | None,
     kv_pages: Sequence[int],
+    segments: str,
 ) -> tuple[CudaBackend, int]:
     """Verify the artifact and load it onto a device; the backend and its number of workers."""
     driver, device, target = found
@@ -79,13 +91,13 @@ def open_backend(
     context = Context(driver, device)
     try:
         with context:
-            kernel = Kernel(context, target, artifact.read(target.cubin))
+            kernel = Kernel(context, target, artifact.read)
             workers = kernel.pick_workers(threads)
             sizes = memory_plan(artifact.manifest, target, artifact.members[WEIGHTS].size, kv_pages)
             check_memory(context, sizes)
             tables = artifact.tables(workers, target.name)
             weights = artifact.verify()
-            backend = CudaBackend(kernel, artifact.manifest, tables, weights, kv_pages)
+            backend = CudaBackend(kernel, artifact.manifest, tables, weights, kv_pages, segments)
             weights.close()
     except BaseException:
         context.close()
@@ -93,36 +105,16 @@ def open_backend(
     return backend, workers
 
 
-def memory_plan(manifest: Manifest, target: CudaTarget, weights: int, kv_pages: Sequence[int]) -> dict[str, int]:
-    """Bytes of device memory by kernel parameter, without the tables: they are small."""
-    groups = zip(manifest.caches, kv_pages, strict=True)
-    caches = {f"kv{g}": kv_pool_bytes(pages, group.page_bytes) for g, (group, pages) in enumerate(groups)}
-    return {
-        "control": BUCKETS * control_bytes(target),
-        "weights": weights + GUARD,  # kernels prefetch past the last tile
-        "workspace": manifest.workspace_bytes,
-        "state": -(-manifest.state_bytes // WORD) * WORD,
-        **caches,
-    }
-
-
-def control_bytes(target: CudaTarget) -> int:
-    """Bytes of one bucket's control buffer, on cache lines of its own."""
-    return -(-4 * target.control_words // 256) * 256
-
-
-def check_memory(context: Context, sizes: dict[str, int]) -> None:
-    """HostError with what is needed and what is free, before gigabytes are read."""
-    free, total = context.driver.call("cuMemGetInfo")
-    needed = sum(sizes.values())
-    if needed > free:
-        kv = sum(size for name, size in sizes.items() if name.startswith("kv"))
-        raise HostError(
-            f"memory: expected {needed / 2**30:.2f} GiB on {context.device.name} (weights "
-            f"{sizes['weights'] / 2**30:.2f}, KV cache {kv / 2**30:.2f}), got {free / 2**30:.2f} GiB free "
-            f"of {total / 2**30:.2f}",
-            hint="load with a smaller `kv_tokens`, or end what else uses this device",
-        )
+def check_device(artifact: Artifact, target: CudaTarget) -> None:
+    """Raise what `open_backend` would of a device, its driver and the kernel, without reading weights."""
+    driver, device, _ = find_device([target])
+    check_driver(driver, target)
+    context = Context(driver, device)
+    try:
+        with context:
+            Kernel(context, target, artifact.read).pick_workers(None)
+    finally:
+        context.close()
 
 
 class CudaBackend:
@@ -131,31 +123,32 @@ class CudaBackend:
     state: State
 
     def __init__(
-        self, kernel: Kernel, manifest: Manifest, tables: NDArray[np.int32], weights: Buffer, kv_pages: Sequence[int]
+        self,
+        kernel: Kernel,
+        manifest: Manifest,
+        tables: NDArray[np.int32],
+        weights: Buffer,
+        kv_pages: Sequence[int],
+        segments: str = "mega",
     ) -> None:
-        self._manifest, self._kernel, self._context = manifest, kernel, kernel.context
+        self._manifest, self._context = manifest, kernel.context
         self._call, self._api = kernel.call, kernel.context.driver.api
         flags = self._api.CUstream_flags.CU_STREAM_NON_BLOCKING
         self._stream = self._context.make("cuStreamCreate", flags, undo="cuStreamDestroy")
         plan = memory_plan(manifest, kernel.target, weights.view.nbytes, kv_pages)
         self._weights_bytes = weights.view.nbytes
         self._at = self._allocate(plan)
-        tables_at = int(self._context.allocate(tables.nbytes))
         self._upload(self._at["weights"], weights.view)
-        self._upload(tables_at, tables)
         host = Buffer(plan["state"], "the step state")
         self._context.pin(host)
         self._logits = Buffer(4 * manifest.logits_stride * manifest.limits.outputs, "the logits")
         self._context.pin(self._logits)
         self._state = DeviceState(host.view, manifest.fields, self._context, self._stream, self._at["state"])
         self.state = self._state
-        # Copies from memory that is not page-locked may still be under way, and not in our stream.
-        self._call("cuCtxSynchronize")
         size = control_bytes(kernel.target)
-        self._controls = [self._at["control"] + i * size for i in range(BUCKETS)]
-        self._graphs = [
-            self._capture(tables, tables_at + i * tables[0].nbytes, control) for i, control in enumerate(self._controls)
-        ]
+        self._controls = [self._at["control"] + i * size for i in range(len(BUCKETS))]
+        self._graphs = StepGraphs(kernel, self._stream, tables, segments, self._at, self._controls)
+        self._fault: StepFault | None = None
         self._process = os.getpid()
         self._finalizer = weakref.finalize(self, self._context.close)
 
@@ -181,26 +174,6 @@ class CudaBackend:
         if data.nbytes:
             self._call("cuMemcpyHtoD", address, data.ctypes.data, data.nbytes)
 
-    def _capture(self, tables: NDArray[np.int32], table: int, control: int) -> Any:
-        """The launch over one bucket's table as a graph, ready to be replayed."""
-        nothing = {"global_scratch": 0, "profile_scratch": 0}
-        values = {**self._at, "table": table, "control": control, "records": tables.shape[2], **nothing}
-        mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._call("cuStreamBeginCapture", self._stream, mode)
-        try:
-            self._kernel.launch(tables.shape[1], values, self._stream)
-        except HostError:
-            with contextlib.suppress(HostError):  # the capture is invalid: end it, but say what made it so
-                self._call("cuGraphDestroy", self._call("cuStreamEndCapture", self._stream))
-            raise
-        graph = self._call("cuStreamEndCapture", self._stream)
-        try:
-            ready = self._context.make("cuGraphInstantiate", graph, 0, undo="cuGraphExecDestroy")
-        finally:
-            self._call("cuGraphDestroy", graph)
-        self._call("cuGraphUpload", ready, self._stream)
-        return ready
-
     def _ready(self) -> Context:
         if not self._finalizer.alive:
             raise UsageError("model: expected an open one, got a closed one")
@@ -224,6 +197,8 @@ class CudaBackend:
     def _replay(self, steps: int) -> int:
         state, rows = self._state, int(self._state.n_rows[0])
         with self._ready():
+            if self._fault:
+                raise self._fault
             if not rows:
                 return 0
             bucket = 0 if rows <= self._manifest.limits.few_rows else 1
@@ -232,7 +207,7 @@ class CudaBackend:
             try:
                 state.upload()
                 for _ in range(steps):
-                    self._call("cuGraphLaunch", self._graphs[bucket], self._stream)
+                    self._graphs.replay(bucket)
             finally:  # an interrupt must not lose what the device did
                 try:
                     done = state.download(slots, counts, steps, fault)
@@ -240,8 +215,19 @@ class CudaBackend:
                     state.download(slots, counts, steps, fault)
                     raise
         if state.fault[0]:
-            raise StepFault.read(state.fault)
+            self._fault = StepFault.read(state.fault)
+            raise self._fault
         return done
+
+    def time_launches(self, bucket: int) -> None:
+        """From now on a bucket's steps note when each of their launches ended: see `launch_times`."""
+        with self._ready():
+            self._graphs.time(bucket)
+
+    def launch_times(self) -> list[float]:
+        """Seconds each launch of that bucket's last step took, gaps before it included; one number if it is one."""
+        with self._ready():
+            return self._graphs.times()
 
     def logits(self, outputs: int) -> NDArray[np.float32]:
         offset, stride = self._manifest.logits_offset, self._manifest.logits_stride

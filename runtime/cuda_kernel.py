@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..ir.errors import HostError, LoadError, UsageError
 from .cuda_driver import Context, CudaError, Driver, release, release_number
-from .manifest import CudaTarget
+from .cuda_target import CudaTarget, Entry
 
 STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory a kernel may have without asking
 WRONG_CUBIN = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
@@ -24,27 +24,39 @@ def check_driver(driver: Driver, target: CudaTarget) -> None:
         )
 
 
-class Kernel:
-    """The step kernel of a target on one device: how it is launched, and how many workers fit at once."""
+class TooSmall(HostError):
+    """The device has no room for as many workers as any task table needs."""
 
-    def __init__(self, context: Context, target: CudaTarget, cubin: bytes) -> None:
+
+class Kernel:
+    """The step kernels of a target on one device: how they are launched, and how many workers fit at once."""
+
+    def __init__(self, context: Context, target: CudaTarget, read: Callable[[str], bytes]) -> None:
+        """`read` returns the verified bytes of a file of the artifact."""
         self.context, self.target = context, target
         self.call, self._api, self._device = context.driver.call, context.driver.api, context.device
-        self.block = 32 * target.num_warps
-        module = self._load(cubin)
-        try:
-            self.function = self.call("cuModuleGetFunction", module, target.entry.encode())
-        except CudaError as error:
-            raise LoadError(f"{target.cubin}: expected a kernel `{target.entry}`, got none") from error
-        self._check_parameters()
-        self._check_limits()
-        if target.shared > STATIC_SHARED:
-            most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self.call("cuFuncSetAttribute", self.function, most, target.shared)
-        per_sm = self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", self.function, self.block, target.shared)
-        self._per_sm = int(per_sm)
+        modules = {name: self._load(name, read(name)) for name in target.cubins()}
+        found = {entry: self._function(modules[entry.cubin], entry) for entry in dict.fromkeys(target.entries)}
+        self._functions = [found[entry] for entry in target.entries]
+        self._per_sm = min(self._ready(entry, function) for entry, function in found.items())
 
-    def _load(self, cubin: bytes) -> Any:
+    def _function(self, module: Any, entry: Entry) -> Any:
+        try:
+            return self.call("cuModuleGetFunction", module, entry.name.encode())
+        except CudaError as error:
+            raise LoadError(f"{entry.cubin}: expected a kernel `{entry.name}`, got none") from error
+
+    def _ready(self, entry: Entry, function: Any) -> int:
+        """Check a kernel and give it its shared memory; how many of its blocks an SM holds."""
+        self._check_parameters(entry, function)
+        self._check_limits(entry, function)
+        if entry.shared > STATIC_SHARED:
+            most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self.call("cuFuncSetAttribute", function, most, entry.shared)
+        occupancy = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
+        return int(self.call(occupancy, function, entry.threads, entry.shared))
+
+    def _load(self, name: str, cubin: bytes) -> Any:
         try:
             return self.context.make("cuModuleLoadData", cubin, undo="cuModuleUnload")
         except CudaError as error:
@@ -52,17 +64,17 @@ class Kernel:
                 raise
             newest = self.context.driver.version
             raise HostError(
-                f"{self.target.cubin}: expected a driver and device that take {self.target.arch} code, "
+                f"{name}: expected a driver and device that take {self.target.arch} code, "
                 f"got {error.code} from a driver for CUDA {newest} on {self._device.arch}",
                 hint=f"update NVIDIA's driver ({self.target.min_driver or 'no release'} is needed) or compile again",
             ) from error
 
-    def _check_parameters(self) -> None:
+    def _check_parameters(self, entry: Entry, function: Any) -> None:
         """The manifest's list against the kernel's own: a wrong one would corrupt memory silently."""
         sizes = []
         try:
             for i in range(len(self.target.params) + 1):
-                sizes.append(int(self.call("cuFuncGetParamInfo", self.function, i)[1]))
+                sizes.append(int(self.call("cuFuncGetParamInfo", function, i)[1]))
         except CudaError:
             pass  # past the last one
         except HostError:
@@ -70,21 +82,21 @@ class Kernel:
         expected = [8 if kind.startswith("*") else 4 for _, kind in self.target.params]
         if sizes != expected:
             raise LoadError(
-                f"target `{self.target.name}`: expected `params` of {sizes} bytes as in {self.target.cubin}, "
+                f"target `{self.target.name}`: expected `params` of {sizes} bytes as `{entry.name}` in {entry.cubin}, "
                 f"got {expected}",
                 hint="manifest and kernel are not of one compilation: compile the model again",
             )
 
-    def _check_limits(self) -> None:
+    def _check_limits(self, entry: Entry, function: Any) -> None:
         most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
-        threads = int(self.call("cuFuncGetAttribute", most, self.function))
+        threads = int(self.call("cuFuncGetAttribute", most, function))
         device, name = self._device, f"target `{self.target.name}`"
         reasons = []
-        if self.block > threads:
-            reasons.append(f"{name}: expected blocks of at most {threads} threads, got {self.block}")
-        if self.target.shared > device.shared:
+        if entry.threads > threads:
+            reasons.append(f"{name}: expected blocks of at most {threads} threads, got {entry.threads}")
+        if entry.shared > device.shared:
             reasons.append(
-                f"{name}: expected {self.target.shared} bytes of shared memory per block, "
+                f"{name}: expected {entry.shared} bytes of shared memory per block, "
                 f"got {device.shared} on {device.name}"
             )
         if not device.cooperative:
@@ -102,27 +114,30 @@ class Kernel:
             )
         fitting = [n for n in known if n <= self._per_sm * sms and threads in (None, n)]
         if not fitting:
-            raise HostError(
+            raise TooSmall(
                 f"target `{self.target.name}`: expected {threads or min(known)} thread blocks at once, "
                 f"got {self._per_sm * sms} ({self._per_sm} on each of {sms} SMs of {self._device.name})",
-                hint=f"workers wait for each other, so all must run: compile with --workers {self._per_sm * sms}"
+                hint=f"workers wait for each other, so all must run: compile for a machine of {self._per_sm * sms} SMs"
                 if self._per_sm
                 else "the kernel needs more registers or shared memory than this device has: compile for it",
             )
         return max(fitting)
 
-    def launch(self, workers: int, values: Mapping[str, int], stream: Any) -> None:
-        """Queue one cooperative launch: it fails, instead of hanging, if not all blocks can be resident."""
-        api = self._api
+    def launch(
+        self, bucket: int, workers: int, values: Mapping[str, int], stream: Any, *, together: bool = True
+    ) -> None:
+        """Queue one launch of a bucket's kernel. `together`: its workers wait for each other, so it is cooperative,
+        and fails instead of hanging if not all blocks can be resident."""
+        api, entry = self._api, self.target.entries[bucket]
         attribute = api.CUlaunchAttribute()
         attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        attribute.value.cooperative = 1
+        attribute.value.cooperative = int(together)
         config = api.CUlaunchConfig()
-        config.gridDimX, config.blockDimX = workers, self.block
+        config.gridDimX, config.blockDimX = workers, entry.threads
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.sharedMemBytes, config.hStream = self.target.shared, stream
+        config.sharedMemBytes, config.hStream = entry.shared, stream
         config.attrs, config.numAttrs = [attribute], 1
         kinds = [ctypes.c_uint64 if kind.startswith("*") else ctypes.c_int32 for _, kind in self.target.params]
         arguments = [kind(values[name]) for (name, _), kind in zip(self.target.params, kinds, strict=True)]
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self.call("cuLaunchKernelEx", config, self.function, ctypes.addressof(pointers), 0)
+        self.call("cuLaunchKernelEx", config, self._functions[bucket], ctypes.addressof(pointers), 0)

@@ -47,8 +47,9 @@ class Model:
         *,
         target: str = "",
         threads: int = 1,
+        segments: str = "mega",
     ) -> None:
-        self.manifest, self.target, self.threads = manifest, target, threads
+        self.manifest, self.target, self.threads, self.segments = manifest, target, threads, segments
         self.name, self.limits, self.vocab = manifest.name, manifest.limits, manifest.vocab
         self._backend, self._read_tokenizer = backend, read_tokenizer
         self._cache = Cache(manifest.caches, kv_pages, backend.state.pages, self.limits.context)

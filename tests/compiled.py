@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from onelaunch.compiler import driver
+from onelaunch.compiler import driver, native
 from onelaunch.compiler.build import LEVELS, Level, host_flags
 from onelaunch.ir.limits import Limits
 from onelaunch.runtime import Model
 
-compile_library = driver.compile_library
+compile_library = native.compile_library
 
 
 class ArtifactCache:

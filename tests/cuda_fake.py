@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onelaunch.ir.segments import BODY, SIGNAL, TARGETS, WAITS
 from onelaunch.runtime import cuda_driver
 from onelaunch.tests import toy
 
@@ -58,8 +59,19 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """An artifact for sm_90 alone. Word 0 of a table says its bucket and worker count."""
+    """An artifact for sm_90 alone. The last body of a table says its bucket and worker count."""
     return write(tmp_path / "toy")
+
+
+def table(workers: int) -> np.ndarray:
+    """Both buckets: two records of every worker, each of which all of the next wait for; worker 0 then commits."""
+    words = np.zeros((2, workers, 4, 32), np.int32)
+    words[:, :, :, [BODY, *WAITS, SIGNAL]] = -1
+    words[:, :, :2, BODY] = words[:, :, :2, SIGNAL] = 0, 1
+    words[:, 0, 2, BODY] = 1000 + workers, 2000 + workers
+    words[:, :, 1, WAITS[0]], words[:, 0, 2, WAITS[0]] = 0, 1
+    words[:, :, 1, TARGETS[0]] = words[:, 0, 2, TARGETS[0]] = workers
+    return words
 
 
 def write(root: Path, cpu: bool = False, cubin: str = "", **changes: Any) -> Path:
@@ -70,13 +82,13 @@ def write(root: Path, cpu: bool = False, cubin: str = "", **changes: Any) -> Pat
     header = json.dumps({"w": {"dtype": "U8", "shape": [1000], "data_offsets": [0, 1000]}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(range(250)) * 4
     (root / "weights/weights.safetensors").write_bytes(data)
-    text = cubin or f"{target['arch']} entry=step params={','.join(PARAMS)}"
-    (root / target["cubin"]).write_bytes(text.encode() + b"\0")
+    for entry in target.get("entries", {"both": {}}).values():
+        kernel = {**target, **entry}
+        text = cubin or f"{target['arch']} entry={kernel['entry']} params={','.join(PARAMS)}"
+        (root / kernel["cubin"]).write_bytes(text.encode() + b"\0")
     names = [f"{target['arch']}-{count}" for count in target["workers"]] + (["1"] if cpu else [])
     for name in names:
-        table = np.zeros((2, int(name.split("-")[-1]), 3, 32), np.int32)
-        table[:, 0, 0, 0] = 1000 + table.shape[1], 2000 + table.shape[1]
-        np.save(root / f"tables/{name}.npy", table)
+        np.save(root / f"tables/{name}.npy", table(int(name.split("-")[-1])))
     targets: dict[str, Any] = {target["arch"]: target}
     if cpu:
         (root / "kernels/cpu-toy").mkdir()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from onelaunch.compiler.doctor import examine_artifact, examine_gpus
 from onelaunch.ir.errors import HostError, LoadError, UsageError
 from onelaunch.runtime import cuda_driver, load
 from onelaunch.runtime.cuda import probe
@@ -90,7 +91,8 @@ def test_an_artifact_for_both_runs_where_it_can(fake: Fake, tmp_path: Path, monk
         ({}, None, "sm_90"),
         ({}, "cpu-toy", "cpu-toy"),
         ({"major": 8}, None, "cpu-toy"),
-        ({"devices": 0}, None, "cpu-toy"),
+        ({"major": 9, "sms": 7}, None, "cpu-toy"),  # the smallest table is for 8 workers
+        ({"sms": 132, "devices": 0}, None, "cpu-toy"),
     ):
         fake.set(**settings)
         with load(root, target=asked) as model:
@@ -101,6 +103,39 @@ def test_an_artifact_for_both_runs_where_it_can(fake: Fake, tmp_path: Path, monk
     assert error.value.exit_code == 5
     with pytest.raises(UsageError, match="expected one of cpu-toy, sm_90, got `sm_91`"):
         load(root, target="sm_91")
+
+
+def test_the_device_option_decides(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "cache"))
+    root = write(tmp_path / "both", cpu=True)
+    for device, expected in (("auto", "sm_90"), ("cuda", "sm_90"), ("cpu", "cpu-toy")):
+        with load(root, device=device) as model:
+            assert model.target == expected
+    fake.set(sms=7)
+    with pytest.raises(HostError, match="expected 8 thread blocks at once, got 7"):
+        load(root, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "used here"),
+        ({"major": 8, "minor": 6}, "not used: target `sm_90`: expected a device that runs sm_90 code, got sm_86"),
+        ({"sms": 7}, "not used: target `sm_90`: expected 8 thread blocks at once, got 7 (1 on each of 7 SMs"),
+        ({"devices": 0}, "not used: cuda: cuInit failed with CUDA_ERROR_NO_DEVICE"),
+        ({"shared": 65536}, "not used: target `sm_90`: expected 100000 bytes of shared memory per block"),
+    ],
+)
+def test_doctor_explains_a_device(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], said: str
+) -> None:
+    root = write(tmp_path / "both", cpu=True)
+    fake.set(**settings)
+    found = {f.name: f.value for f in examine_artifact(root)}
+    assert found["target sm_90"].startswith(said)
+    assert found["target cpu-toy"] == ("used here" if settings else "runs here, but `sm_90` is used")
+    devices = [f.value for f in examine_gpus()]
+    assert any("Fake GPU: sm_" in value for value in devices) or settings == {"devices": 0}
 
 
 def test_an_old_driver_is_refused_by_its_release(fake: Fake, root: Path) -> None:
@@ -123,6 +158,8 @@ def test_an_old_driver_is_refused_by_its_release(fake: Fake, root: Path) -> None
         ({"workers": []}, "positive `workers`"),
         ({"control_words": 3}, "expected `control_words` >= 64, got 3"),
         ({"num_warps": 64}, "1 to 32 `num_warps`"),
+        ({"entries": {"few": {}, "many": {"shared": -1}}}, "`shared` >= 0"),
+        ({"entries": {"few": {}, "many": {"entry": 7, "cubin": "a.cubin", "num_warps": "x"}}}, "has the wrong type"),
     ],
 )
 def test_a_target_that_does_not_fit_its_kernel_is_refused(

@@ -7,16 +7,19 @@ tests the protocol and the state traffic; nothing here ran on a GPU, and no devi
 from __future__ import annotations
 
 import gc
+import importlib
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from onelaunch.ir.errors import HostError, UsageError, VerifyError
 from onelaunch.runtime import StepFault, load
 from onelaunch.runtime.cuda_driver import Driver
-from onelaunch.tests import toy
+from onelaunch.tests import gpu_checks, toy
 from onelaunch.tests.cuda_fake import Fake, called, fake, root, write
 from onelaunch.tests.toy import FAULT, NAN, answer
 
@@ -163,9 +166,60 @@ def test_each_bucket_is_captured_once_and_replayed(fake: Fake, root: Path) -> No
         assert called(log).count("cuStreamBeginCapture") == called(log).count("cuGraphInstantiate") == 2
         assert "cuFuncSetAttribute 8 100000" in log
         kernels = [dict(zip(w[1::2], map(int, w[2::2]), strict=True)) for w in map(str.split, log) if w[0] == "kernel"]
-        assert {k["records"] for k in kernels} == {3}
+        assert {k["records"] for k in kernels} == {4}
         assert all(k["table"] == (1132 if k["rows"] <= toy.LIMITS.few_rows else 2132) for k in kernels)
         assert {k["table"] for k in kernels} == {1132, 2132}
+
+
+def test_a_step_in_segments_is_one_graph_of_a_launch_per_depth(fake: Fake, root: Path) -> None:
+    with load(root, segments="per-phase") as model:
+        assert (model.segments, model.generate([1, 2], max_new_tokens=20).tokens) == ("per-phase", answer([1, 2], 20))
+        log = fake.log()
+        grids = [int(line.split()[2]) for line in log if line.startswith("cuLaunchKernelEx")]
+        assert grids == [132, 132, 1] * 2  # the commit needs one worker; a bucket each
+        assert [line for line in log if line.startswith("launched")] == ["launched step alone"] * 6
+        assert called(log).count("cuStreamBeginCapture") == called(log).count("cuGraphInstantiate") == 2
+        kernels = [dict(zip(w[1::2], map(int, w[2::2]), strict=True)) for w in map(str.split, log) if w[0] == "kernel"]
+        assert [(k["grid"], k["records"], k["table"]) for k in kernels[:3]] == [(132, 2, 0), (132, 2, 0), (1, 2, 1132)]
+        assert called(log).count("kernel") == 3 * called(log).count("cuGraphLaunch")
+        assert all(a["epoch"] == c["epoch"] for a, c in zip(kernels[::3], kernels[2::3], strict=True))
+    with load(root) as model:
+        assert "launched step cooperatively" in fake.log()
+
+
+def test_each_bucket_may_have_a_kernel_of_its_own(fake: Fake, tmp_path: Path) -> None:
+    folder = "kernels/sm_90"
+    few = {"entry": "step_few", "cubin": f"{folder}/few.cubin", "num_warps": 4, "shared": 60_000}
+    many = {"entry": "step_many", "cubin": f"{folder}/many.cubin"}
+    with load(write(tmp_path / "two", entries={"few": few, "many": many})) as model:
+        assert model.generate([1, 2, 3, 4, 5, 6], max_new_tokens=5).tokens == answer([1, 2, 3, 4, 5, 6], 5)
+        log = fake.log()
+    assert [line.split()[1] for line in log if line.startswith("launched")] == ["step_few", "step_many"]
+    shapes = [line.split()[5:] for line in log if line.startswith("cuLaunchKernelEx")]
+    assert shapes == [["block", "128", "1", "1", "shared", "60000"], ["block", "256", "1", "1", "shared", "100000"]]
+    assert [line for line in log if line.startswith("cuFuncSetAttribute")] == [
+        "cuFuncSetAttribute 8 60000", "cuFuncSetAttribute 8 100000",
+    ]  # fmt: skip
+    occupancy = [line.split()[1:] for line in log if line.startswith("cuOccupancy")]
+    assert occupancy == [["128", "60000"], ["256", "100000"]]
+
+
+@pytest.mark.parametrize("segments", ["mega", "per-phase"])
+def test_launches_are_timed_by_events_inside_the_graph(fake: Fake, root: Path, segments: str) -> None:
+    with load(root, segments=segments) as model:
+        backend, live = model._backend, fake.live()
+        backend.time_launches(0)
+        fake.log()
+        model.bench_decode(1, 40)
+        records = [132, 132, 1] if segments == "per-phase" else [265]
+        assert backend.launch_times() == pytest.approx([1e-3 * n for n in records])  # the fake's clock: 1 ms a record
+        assert called(fake.log()).count("cuEventRecordWithFlags") == 0  # they are nodes of the graph
+        assert fake.live() == live + len(records) + 1
+        assert model.generate([1, 2], max_new_tokens=9).tokens == answer([1, 2], 9)
+        fake.set(fail_cuEventRecordWithFlags=999)
+        with pytest.raises(HostError, match=r"cuEventRecordWithFlags failed with .*UNKNOWN"):
+            backend.time_launches(0)
+        assert model.generate([1, 2], max_new_tokens=9).tokens == answer([1, 2], 9)
 
 
 def test_the_first_step_finds_the_weights_and_zeroed_memory(fake: Fake, root: Path) -> None:
@@ -212,6 +266,68 @@ def test_a_fault_is_named_and_ends_the_model(fake: Fake, root: Path, prompt: lis
             model.generate(prompt, max_new_tokens=5)
         with pytest.raises(StepFault):
             model.generate([1], max_new_tokens=5)
+        fake.log()
+        for again in (model._backend.step, lambda: model._backend.run(3)):
+            with pytest.raises(StepFault, match="expected 4 signals of event 3, got 2"):
+                again()
+        assert "cuGraphLaunch" not in called(fake.log())
+
+
+@pytest.mark.parametrize("check", gpu_checks.CHECKS, ids=lambda check: check.__name__)
+def test_what_is_checked_on_a_gpu_holds_for_the_toy_model(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[..., None]
+) -> None:
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("onelaunch.runtime.cuda.PROBE_TOTAL", 4_000_000)
+    gpu_checks.run(check, write(tmp_path / "both", cpu=True), tmp_path)
+
+
+class BenchMachine:
+    """The device of gpu.py, without torch."""
+
+    facts: ClassVar[dict[str, Any]] = {"ordinal": 0, "name": "Fake GPU", "arch": "sm_90", "driver": "580"}
+
+    def __init__(self) -> None:
+        self.copies = iter([90.0, 110.0])
+
+    def copy_gbps(self) -> float:
+        return next(self.copies)
+
+    def clocks(self) -> dict[str, str]:
+        return {"clocks.sm": "1980 MHz"}
+
+
+def test_the_gpu_benchmark_reports_verdict_speeds_and_shares(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONELAUNCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(Path(__file__).parent / "bench")
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu, "names_of_launches", lambda artifact, workers, table: ["a.x", "a.y", "a.x"])
+    out = tmp_path / "report.json"
+    words = [str(write(tmp_path / "both", cpu=True)), "--json", str(out), "--tokens", "20", "--rounds", "3"]
+    code = gpu.main(words, BenchMachine)
+    assert code == 0, capsys.readouterr().err
+    report = json.loads(out.read_text())
+    found = report["verdict"]
+    assert found["passed"]
+    assert found["steps"] == found["tokens_equal"] == found["generated_as_cpu"] == 20
+    assert [(p["phase"], p["launches"]) for p in report["phases"]] == [("a.x", 2), ("a.y", 1)]
+    assert [p["us"] for p in report["phases"]] == pytest.approx([133e3, 132e3])  # the fake's clock: 1 ms a record
+    modes = report["modes"]
+    assert {name: mode["launches"] for name, mode in modes.items()} == {"mega": 1, "per-phase": 3}
+    assert {name: len(mode["rounds_us"]) for name, mode in modes.items()} == {"mega": 3, "per-phase": 3}
+    assert modes["mega"]["device_us"] == modes["per-phase"]["device_us"] == pytest.approx(265e3)
+    assert modes["mega"]["of_copy"] == pytest.approx(modes["mega"]["gbps"] / 100)
+    assert capsys.readouterr().out.startswith("passed: 20 of 20 tokens")
+    assert gpu.main([str(write(tmp_path / "gpu"))], BenchMachine) == 3  # no CPU target to hold it against
+
+
+def test_a_signal_that_is_missing_is_the_fault_that_names_it(fake: Fake, tmp_path: Path) -> None:
+    broken = gpu_checks.without_a_signal(write(tmp_path / "toy"), tmp_path / "broken", 132)
+    with pytest.raises(StepFault, match="worker 0 stopped at record 2: expected 132 signals of event 1, got 131"):
+        load(broken)
+    load(broken, threads=66).close()
 
 
 def test_a_device_error_is_a_host_error_and_closing_still_works(fake: Fake, root: Path) -> None:
@@ -244,8 +360,8 @@ def test_an_interrupt_loses_nothing(
 
     with load(root) as model:
         backend = model._backend
-        monkeypatch.setattr(backend, "_call", lambda *a: interrupted(backend._context.driver, *a))
-        monkeypatch.setattr(backend.state, "_call", lambda *a: interrupted(backend._context.driver, *a))
+        for caller in (backend, backend.state, backend._graphs):
+            monkeypatch.setattr(caller, "_call", lambda *a: interrupted(backend._context.driver, *a))
         other = model.stream([3, 2], max_new_tokens=70, repetition_penalty=1.1, stop_tokens=NOWHERE)
         next(other)
         for left, stop in ((1, []), (2, []), (1, ["never said"]), (2, ["never said"])):  # noqa: B007

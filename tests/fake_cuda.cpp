@@ -53,18 +53,19 @@ EXPORT int cuModuleLoadData(void** module, const void* image) {
     ENTER(NO_CAPTURE, "cuModuleLoadData");
     std::istringstream words(static_cast<const char*>(image));
     auto made = std::make_unique<Module>();
-    std::string entry, params, one;
-    if (!(words >> made->arch >> entry >> params) || made->arch.rfind("sm_", 0)) return INVALID_IMAGE;
+    std::string entries, params;
+    if (!(words >> made->arch >> entries >> params) || made->arch.rfind("sm_", 0)) return INVALID_IMAGE;
     if (std::atoi(made->arch.c_str() + 3) / 10 != fake.settings["major"]) return NO_BINARY;
-    made->entry = entry.substr(entry.find('=') + 1);
-    std::istringstream list(params.substr(params.find('=') + 1));
-    while (std::getline(list, one, ',')) made->params.push_back(one);
+    for (auto& name : split(entries.substr(entries.find('=') + 1))) made->functions[name] = {made.get(), name};
+    made->params = split(params.substr(params.find('=') + 1));
     return fake.modules.insert(*module = made.release()), OK;
 }
 EXPORT int cuModuleUnload(void* module) { ENTER(NO_CAPTURE, "cuModuleUnload"); return destroy<Module>(fake.modules, module, "module"); }
 EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
     ENTER(CURRENT, "cuModuleGetFunction", name);
-    return *function = module, static_cast<Module*>(module)->entry == name ? OK : NOT_FOUND;
+    auto& functions = static_cast<Module*>(module)->functions;
+    auto found = functions.find(name);
+    return found == functions.end() ? int(NOT_FOUND) : (*function = &found->second, int(OK));
 }
 EXPORT int cuFuncGetAttribute(int* value, int attribute, void*) {
     ENTER(CURRENT, "cuFuncGetAttribute", attribute);
@@ -73,17 +74,17 @@ EXPORT int cuFuncGetAttribute(int* value, int attribute, void*) {
 EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) {
     ENTER(CURRENT, "cuFuncSetAttribute", attribute, value);
     if (attribute != 8 || value > fake.settings["shared"]) return INVALID_VALUE;
-    return static_cast<Module*>(function)->shared_allowed = value, OK;
+    return static_cast<Function*>(function)->shared_allowed = value, OK;
 }
 EXPORT int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* size) {
     ENTER(CURRENT, "cuFuncGetParamInfo", index);
-    auto& params = static_cast<Module*>(function)->params;
+    auto& params = static_cast<Function*>(function)->module->params;
     if (index >= params.size()) return INVALID_VALUE;
     return *offset = 8 * index, *size = params[index] == "records" ? 4 : 8, OK;
 }
 EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int block, size_t shared) {
     ENTER(CURRENT, "cuOccupancyMaxActiveBlocksPerMultiprocessor", block, shared);
-    if (int(shared) > static_cast<Module*>(function)->shared_allowed) violate("occupancy asked before the shared memory was allowed");
+    if (int(shared) > static_cast<Function*>(function)->shared_allowed) violate("occupancy asked before the shared memory was allowed");
     return *blocks = int(fake.settings["per_sm"]), OK;
 }
 
@@ -138,7 +139,7 @@ EXPORT int cuMemcpyDtoDAsync(Ptr to, Ptr from, size_t size, void* stream) {
     ENTER(CURRENT, "cuMemcpyDtoDAsync", size);
     if (int wrong = check_device("cuMemcpyDtoDAsync", to, size)) return wrong;
     if (int wrong = check_device("cuMemcpyDtoDAsync", from, size)) return wrong;
-    return submit(stream, [=] {});  // a bandwidth probe reads nothing back: the copy itself would only take time
+    return submit(stream, [=] { fake.clock += double(size) * 5e-7; });  // a bandwidth probe reads nothing back
 }
 EXPORT int cuMemsetD8Async(Ptr at, unsigned char value, size_t size, void* stream) {
     ENTER(CURRENT, "cuMemsetD8Async", int(value), size);
@@ -180,16 +181,16 @@ EXPORT int cuStreamEndCapture(void* stream, void** graph) {
 
 EXPORT int cuLaunchKernelEx(const Config* c, void* function, void** params, void**) {
     ENTER(CURRENT, "cuLaunchKernelEx", "grid", c->grid[0], c->grid[1], c->grid[2], "block", c->block[0], c->block[1], c->block[2], "shared", c->shared);
-    auto* module = static_cast<Module*>(function);
+    auto* module = static_cast<Function*>(function)->module;
     bool cooperative = false;
     for (unsigned i = 0; i < c->count; i++) cooperative |= c->attributes[i].id == 2 && c->attributes[i].cooperative == 1;
-    if (!cooperative) violate("launched without the cooperative attribute");
-    if (c->grid[0] > fake.settings["sms"] * fake.settings["per_sm"]) return TOO_LARGE;
-    if (int(c->shared) > module->shared_allowed) return violate("launched with more shared memory than allowed"), INVALID_VALUE;
+    fake.log.push_back("launched" + join(static_cast<Function*>(function)->name, cooperative ? "cooperatively" : "alone"));
+    if (cooperative && c->grid[0] > fake.settings["sms"] * fake.settings["per_sm"]) return TOO_LARGE;
+    if (int(c->shared) > static_cast<Function*>(function)->shared_allowed) return violate("launched with more shared memory than allowed"), INVALID_VALUE;
     std::map<std::string, uint64_t> args;
     for (size_t i = 0; i < module->params.size(); i++)
         std::memcpy(&args[module->params[i]], params[i], module->params[i] == "records" ? 4 : 8);
-    return submit(c->stream, [=, grid = c->grid[0]] { execute(module, args, grid); });
+    return submit(c->stream, [=, grid = c->grid[0]] { execute(module, args, grid, cooperative); });
 }
 EXPORT int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) {
     ENTER(CURRENT, "cuGraphInstantiate");
@@ -206,10 +207,21 @@ EXPORT int cuGraphLaunch(void* exec, void* stream) {
 EXPORT int cuGraphDestroy(void* graph) { ENTER(NOTHING, "cuGraphDestroy"); return destroy<Graph>(fake.graphs, graph, "graph"); }
 EXPORT int cuGraphExecDestroy(void* exec) { ENTER(NOTHING, "cuGraphExecDestroy"); return destroy<Graph>(fake.execs, exec, "executable graph"); }
 
-EXPORT int cuEventCreate(void** event, unsigned) { ENTER(CURRENT, "cuEventCreate"); return fake.events.insert(*event = new Graph), OK; }
-EXPORT int cuEventDestroy(void* event) { ENTER(CURRENT, "cuEventDestroy"); return destroy<Graph>(fake.events, event, "event"); }
-EXPORT int cuEventRecord(void*, void* stream) { ENTER(CURRENT, "cuEventRecord"); return submit(stream, [] {}); }
-EXPORT int cuEventElapsedTime(float* milliseconds, void*, void*) { ENTER(CURRENT, "cuEventElapsedTime"); return *milliseconds = 2.0f, OK; }
+EXPORT int cuEventCreate(void** event, unsigned) { ENTER(CURRENT, "cuEventCreate"); return fake.events.insert(*event = new Event), OK; }
+EXPORT int cuEventDestroy(void* event) { ENTER(CURRENT, "cuEventDestroy"); return destroy<Event>(fake.events, event, "event"); }
+EXPORT int cuEventRecordWithFlags(void* event, void* stream, unsigned flags) {
+    ENTER(CURRENT, "cuEventRecordWithFlags", flags);
+    if (!fake.events.count(event) || !fake.streams.count(stream)) return INVALID_HANDLE;
+    if (static_cast<Stream*>(stream)->capturing != bool(flags)) violate("an event is external in a capture, and nowhere else");
+    return submit(stream, [=] { static_cast<Event*>(event)->at = fake.clock; });
+}
+EXPORT int cuEventRecord(void* event, void* stream) { return cuEventRecordWithFlags(event, stream, 0); }
+EXPORT int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
+    ENTER(CURRENT, "cuEventElapsedTime");
+    auto *a = static_cast<Event*>(from), *b = static_cast<Event*>(to);
+    if (a->at < 0 || b->at < 0) return violate("asked for the time of an event that was not recorded"), INVALID_HANDLE;
+    return *milliseconds = float(b->at - a->at), OK;
+}
 
 EXPORT int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, int* status) {
 #define ENTRY(symbol) {#symbol, reinterpret_cast<void*>(symbol)}
@@ -224,7 +236,7 @@ EXPORT int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t,
         ENTRY(cuStreamCreate), ENTRY(cuStreamDestroy), ENTRY(cuStreamSynchronize),
         ENTRY(cuStreamBeginCapture), ENTRY(cuStreamEndCapture), ENTRY(cuLaunchKernelEx), ENTRY(cuGraphInstantiateWithFlags),
         ENTRY(cuGraphUpload), ENTRY(cuGraphLaunch), ENTRY(cuGraphDestroy), ENTRY(cuGraphExecDestroy), ENTRY(cuEventCreate),
-        ENTRY(cuEventDestroy), ENTRY(cuEventRecord), ENTRY(cuEventElapsedTime), ENTRY(cuGetProcAddress_v2),
+        ENTRY(cuEventDestroy), ENTRY(cuEventRecord), ENTRY(cuEventRecordWithFlags), ENTRY(cuEventElapsedTime), ENTRY(cuGetProcAddress_v2),
     };
     auto found = known.find(std::string(name) == "cuGetProcAddress" ? "cuGetProcAddress_v2" : name);
     *function = found == known.end() ? nullptr : found->second;

@@ -24,10 +24,13 @@ using Ptr = uint64_t;
 struct Attribute { int id; int pad; union { char bytes[64]; int cooperative; }; };
 struct Config { unsigned grid[3], block[3], shared; void* stream; Attribute* attributes; unsigned count; };
 
-// A fake cubin is text: "sm_90 entry=step regs=168 params=table,control,..".
-struct Module { std::string arch, entry; std::vector<std::string> params; int shared_allowed = 48 << 10; };
+// A fake cubin is text: "sm_90 entry=few,many params=table,control,..".
+struct Module;
+struct Function { Module* module; std::string name; int shared_allowed = 48 << 10; };
+struct Module { std::string arch; std::map<std::string, Function> functions; std::vector<std::string> params; };
 struct Stream { std::vector<Job> queue, captured; bool capturing = false; };
 struct Graph { std::vector<Job> jobs; };
+struct Event { double at = -1; };  // milliseconds of the fake's clock
 
 struct Fake {
     std::map<std::string, int64_t> settings{{"devices", 1}, {"major", 9}, {"minor", 0}, {"sms", 132}, {"per_sm", 1},
@@ -37,6 +40,7 @@ struct Fake {
     std::set<void*> modules, streams, graphs, execs, events;
     std::vector<Job> null_stream;  // copies from memory that is not page-locked end here
     int contexts = 0;
+    double clock = 0;  // milliseconds: copies take 1 ms for 2 MB, kernels 1 ms a record
     bool initialised = false;
     std::string text;
 };
@@ -106,12 +110,49 @@ uint64_t sum(Ptr at) {  // of the whole block that starts there
     return total;
 }
 
+std::vector<std::string> split(const std::string& text) {
+    std::istringstream list(text);
+    std::vector<std::string> parts;
+    for (std::string one; std::getline(list, one, ',');) parts.push_back(one);
+    return parts;
+}
+
+// The records of a launch, walked as the workers would: do all waits end, and is this the launch that commits?
+struct Walk {
+    int32_t mark = 0, records = 0, waits = 0;  // body of the record that commits: 1000 x bucket + workers
+    std::map<int32_t, int32_t> signals;
+    int32_t fault[6] = {};
+
+    Walk(const int32_t* table, unsigned grid, unsigned length, const int32_t* control) {
+        each(table, grid, length, [&](unsigned, unsigned, const int32_t* r) {
+            records++;
+            if (r[0] >= 1000) mark = r[0];
+            if (r[WORD_signal] >= 0) signals[r[WORD_signal]]++;
+        });
+        each(table, grid, length, [&](unsigned worker, unsigned number, const int32_t* r) {
+            for (int word : {WORD_wait0, WORD_wait1}) {
+                if (r[word] < 0) continue;
+                int32_t seen = control[64 + 32 * r[word]] + signals[r[word]], expected = (control[0] + 1) * r[word + 1];
+                waits++;
+                if (seen >= expected || fault[0]) continue;
+                int32_t found[] = {1, int32_t(worker), int32_t(number), r[word], seen, expected};
+                std::memcpy(fault, found, sizeof fault);
+            }
+        });
+    }
+    template <class F> static void each(const int32_t* table, unsigned grid, unsigned length, F use) {
+        for (unsigned w = 0; w < grid; w++)
+            for (unsigned i = 0; i < length && table[(w * length + i) * 32] >= 0; i++) use(w, i, table + (w * length + i) * 32);
+    }
+};
+
 // What the kernel does on its device: the arguments as they were at the launch, memory as it is now.
-void execute(Module* module, std::map<std::string, uint64_t> args, unsigned grid) {
+void execute(Module* module, std::map<std::string, uint64_t> args, unsigned grid, bool cooperative) {
     if (!fake.modules.count(module)) return violate("a graph ran after its module was unloaded");
     for (auto& [name, value] : args) {
         bool null = name == "global_scratch" || name == "profile_scratch";
-        if (name != "records" && (null ? value != 0 : !inside(fake.memory, value, 1)))
+        size_t size = name == "table" ? size_t(128) * grid * args["records"] : 1;
+        if (name != "records" && (null ? value != 0 : !inside(fake.memory, value, size)))
             return violate("kernel argument " + name + " is no device memory");
     }
     auto* control = reinterpret_cast<int32_t*>(args["control"]);
@@ -119,14 +160,21 @@ void execute(Module* module, std::map<std::string, uint64_t> args, unsigned grid
     toy.m.state = reinterpret_cast<uint8_t*>(args["state"]);
     toy.m.workspace = reinterpret_cast<uint8_t*>(args["workspace"]);
     for (int g = 0; g < GROUPS; g++) toy.m.kv[g] = reinterpret_cast<uint8_t*>(args["kv" + std::to_string(g)]);
-    int32_t rows = *toy.field<int32_t>(AT_n_rows), mark = *reinterpret_cast<int32_t*>(args["table"]);
-    fake.log.push_back("kernel" + join("grid", grid, "table", mark, "records", args["records"], "rows", rows, "epoch", control[0]));
-    if (!control[0]) fake.log.push_back("first" + join("weights", sum(args["weights"]), "workspace", sum(args["workspace"])));
+    int32_t rows = *toy.field<int32_t>(AT_n_rows);
+    Walk walk(reinterpret_cast<int32_t*>(args["table"]), grid, unsigned(args["records"]), control);
+    fake.clock += walk.records;
+    fake.log.push_back("kernel" + join("grid", grid, "table", walk.mark, "records", args["records"], "rows", rows, "epoch", control[0]));
+    if (!control[0] && walk.mark) fake.log.push_back("first" + join("weights", sum(args["weights"]), "workspace", sum(args["workspace"])));
+    if (walk.waits && !cooperative) violate("workers that wait for each other were launched without the cooperative attribute");
     if (control[8] || !rows) return;
-    // As an event of the real kernel: after n steps it has n signals of every producer of this bucket's table.
-    int32_t producers = mark / 1000;
-    if (control[64] != control[0] * producers) violate("a counter does not match the epoch: this step would hang");
-    control[64] += producers;
+    if (walk.fault[0]) return void(std::memcpy(control + 8, walk.fault, sizeof walk.fault));
+    // After n steps an event has n signals of every producer of this bucket's table.
+    for (auto& [event, producers] : walk.signals) {
+        int32_t& counter = control[64 + 32 * event];
+        if (counter != control[0] * producers) violate("a counter does not match the epoch: this step would hang");
+        counter += producers;
+    }
+    if (!walk.mark) return;
     if (toy.step()) {
         std::memcpy(control + 8, toy.field<int32_t>(AT_fault), 32);
         std::memset(toy.field<int32_t>(AT_fault), 0, 32);

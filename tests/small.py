@@ -25,6 +25,7 @@ CONFIG = {
     "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
     "rope_theta": 10000.0, "torch_dtype": "float32", "eos_token_id": 259,
 }  # fmt: skip
+GPU_LIMITS = {"rows": 16, "slots": 2, "context": 256, "outputs": 4}
 SPECIAL = ["<|start|>", "<|end|>", "<|spare|>", "<|eos|>"]
 TEMPLATE = "{% for m in messages %}<|start|>{{ m.role }}:{{ m.content }}<|end|>{% endfor %}<|start|>assistant:"
 

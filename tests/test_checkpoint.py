@@ -10,7 +10,7 @@ from checkpoints import edit_config, save_gguf, save_hf
 from safetensors.numpy import save_file
 
 from onelaunch.ir.errors import LoadError
-from onelaunch.models.checkpoint import open_checkpoint
+from onelaunch.models.open import open_checkpoint
 
 FAMILIES = {
     "llama": ("Llama", "llama"),

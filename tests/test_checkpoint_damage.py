@@ -11,7 +11,7 @@ import pytest
 from checkpoints import patch_entry, save_gguf, save_hf
 
 from onelaunch.ir.errors import LoadError
-from onelaunch.models.checkpoint import open_checkpoint
+from onelaunch.models.open import open_checkpoint
 
 
 def break_index(directory: Path, **changes):

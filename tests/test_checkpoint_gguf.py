@@ -7,7 +7,7 @@ from checkpoints import patch_entry, save_gguf
 
 from onelaunch.ir.errors import HostError, LoadError, UsageError
 from onelaunch.models import fetch as fetching
-from onelaunch.models.checkpoint import open_checkpoint
+from onelaunch.models.open import open_checkpoint
 
 
 def test_gguf_bytes_are_what_the_library_wrote(tmp_path):

@@ -81,6 +81,8 @@ def test_every_command_has_help_without_periods(run: Main, name: str) -> None:
         (["inspect", "MODEL"], 2, "expected an artifact, got a model that is not compiled"),
         (["inspect", "DAMAGED"], 3, "expected a folder or a zip file"),
         (["bench", "ARTIFACT", "--depth", "9K"], 2, "bench: expected depth + steps"),
+        (["bench", "ARTIFACT", "--segments", "per-phase"], 2, "expected `mega` on a processor, got `per-phase`"),
+        (["run", "ARTIFACT", "-p", "a", "--segments", "micro"], 2, "expected mega or per-phase, got `micro`"),
         (["run", "ARTIFACT", "-p", "hi", "--threads", "3"], 2, "expected one of 1, 2, got 3"),
         (["run", "ARTIFACT", "-p", "hi", "--top-p", "0"], 2, "top_p"),
         (["verify", "ARTIFACT", "OTHER"], 3, "expected the model `small` was compiled from"),

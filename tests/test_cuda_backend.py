@@ -8,6 +8,7 @@ Nothing in this file runs on a GPU.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch.ir.errors import HostError
+from onelaunch.compiler.doctor import examine_artifact
+from onelaunch.ir.errors import HostError, LoadError, UsageError
 from onelaunch.runtime import cuda_driver, host, load
 from onelaunch.runtime.cuda import probe
 from onelaunch.tests import cuda_fake, toy
@@ -75,9 +77,14 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 def test_without_a_driver_a_cuda_artifact_is_one_clear_error(no_driver: None, tmp_path: Path) -> None:
     root = cuda_fake.write(tmp_path / "toy")
-    with pytest.raises(HostError, match=r"expected NVIDIA's driver .*, got none(.|\n)*hint: install it on") as error:
-        load(root)
-    assert error.value.exit_code == 5
+    command = "`onelaunch compile MODEL --target sm_90,cpu` makes one that runs on the processor as well"
+    for device in ("auto", "cuda"):
+        with pytest.raises(HostError, match=r"this machine, got sm_90 only\nerror: .* driver .*, got none\n") as error:
+            load(root, device=device)
+        assert error.value.exit_code == 5
+        assert error.value.hint.endswith(command)
+    with pytest.raises(LoadError, match="expected one for a processor, got sm_90"):
+        load(root, device="cpu")
     assert probe()["error"].startswith("cuda: expected NVIDIA's driver")
 
 
@@ -96,6 +103,44 @@ def test_without_a_driver_the_processor_is_used(
     with load(cuda_fake.write(tmp_path / "toy", cpu=True)) as model:
         assert model.target == "cpu-toy"
         assert model.generate([1, 2], max_new_tokens=5).tokens == toy.answer([1, 2], 5)
+    with pytest.raises(HostError, match="expected NVIDIA's driver"):  # a processor cannot stand in for this one
+        load(tmp_path / "toy", segments="per-phase")
+    with pytest.raises(UsageError, match="segments: expected `mega` on a processor, got `per-phase`"):
+        load(tmp_path / "toy", target="cpu-toy", segments="per-phase")
+
+
+def test_a_demanded_device_is_never_replaced_by_the_processor(
+    no_driver: None, step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_STEP", str(step))
+    root = cuda_fake.write(tmp_path / "toy", cpu=True)
+    with pytest.raises(HostError, match=r"error: cuda: expected NVIDIA's driver .*, got none\n"):
+        load(root, device="cuda")
+    with pytest.raises(UsageError, match="expected the one target `sm_90` is for, got `cpu`"):
+        load(root, device="cpu", target="sm_90")
+    with pytest.raises(UsageError, match=r"expected one of auto, cpu, cuda, got `gpu`"):
+        load(root, device="gpu")
+    load(root, device="cpu").close()
+    raw = json.loads((root / "manifest.json").read_text())
+    raw["targets"].pop("sm_90")
+    (root / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match=r"NVIDIA device, got cpu-toy(.|\n)*compile MODEL --target cpu-toy,sm_90"):
+        load(root, device="cuda")
+
+
+def test_doctor_says_why_a_target_is_not_used(
+    no_driver: None, step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_STEP", str(step))
+    found = {f.name: f for f in examine_artifact(cuda_fake.write(tmp_path / "both", cpu=True))}
+    assert (found["target cpu-toy"].status, found["target cpu-toy"].value) == ("ok", "used here")
+    assert found["target sm_90"].status == "note"
+    assert found["target sm_90"].value == "not used: cuda: expected NVIDIA's driver (libcuda.so.1), got none"
+    alone = {f.name: f for f in examine_artifact(cuda_fake.write(tmp_path / "alone"))}
+    assert alone["target sm_90"].status == "missing"
+    monkeypatch.setattr(cuda_driver, "_driver_present", lambda: True)
+    found = {f.name: f for f in examine_artifact(tmp_path / "both")}
+    assert found["target sm_90"].value == "not used: cuda: expected the package `cuda-bindings`, got none"
 
 
 def test_a_driver_without_the_package_is_never_passed_over(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from onelaunch.models.checkpoint import open_checkpoint
 from onelaunch.models.fetch import fetch
+from onelaunch.models.open import open_checkpoint
 from onelaunch.runtime.tokenizer import Tokenizer
 
 GOLDEN = [

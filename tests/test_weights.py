@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan, write_weights
 from onelaunch.ir.errors import LoadError
 from onelaunch.ir.limits import ALIGN
-from onelaunch.models.checkpoint import open_checkpoint
 from onelaunch.models.importer import import_checkpoint
+from onelaunch.models.open import open_checkpoint
 from onelaunch.passes import GRAPH_PASSES, Options
 
 BROKEN = "model.layers.1.mlp.down_proj.weight"

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onelaunch.ir.limits import STOP_TOKENS, Limits, state_bytes, state_fields
+from onelaunch.ir.table import FIELDS
 from onelaunch.runtime.backend import StepFault
 from onelaunch.runtime.manifest import CacheGroup
 from onelaunch.runtime.state import State
@@ -164,7 +165,8 @@ def layout_header(limits: Limits) -> str:
     numbers = {
         "ROWS": limits.rows, "SLOTS": limits.slots, "CONTEXT": limits.context, "OUTPUTS": limits.outputs,
         "PAGES": limits.pages, "GROUPS": len(groups(limits)), "VOCAB": VOCAB, "SEEN": -(-VOCAB // 32),
-        "STOPS": STOP_TOKENS, "STRIDE": STRIDE, "LOGITS": 64, **{f"AT_{f.name}": f.offset for f in fields},
+        "STOPS": STOP_TOKENS, "STRIDE": STRIDE, "LOGITS": 64, **{f"WORD_{name}": i for i, name in enumerate(FIELDS)},
+        **{f"AT_{f.name}": f.offset for f in fields},
     }  # fmt: skip
     arrays = {
         "WINDOW": [g.window for g in groups(limits)],

@@ -21,6 +21,7 @@ from ...ir.errors import CompileError, HostError
 from ...ir.limits import Limits
 
 WARPS = 8
+OPTIONS = {"num_stages": 3, "launch_cooperative_grid": True}
 REGISTERS = 255  # a thread's limit on every architecture we know
 KV_TYPES = {"bf16": "*bf16", "f32": "*fp32"}
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # Triton appends both; null when unused
@@ -28,7 +29,13 @@ HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # Triton appen
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel. `shared` is dynamic shared memory in bytes, `spills` bytes of spill stores and loads."""
+    """A compiled kernel. `spills` are bytes of spill stores and loads.
+
+    arch: what the machine code is for, sm_90a where it runs on no other than 9.0.
+    shared, static_shared: bytes of shared memory asked for at the launch, and reserved by the code (1024 of them by
+    the system from sm_90 on).
+    The PTX and the cubin carry line information: it names lines of the generated text, no path.
+    """
 
     arch: str
     entry: str
@@ -39,8 +46,10 @@ class Kernel:
     registers: int
     stack: int
     spills: int
+    static_shared: int
     params: tuple[tuple[str, str], ...]
     versions: dict[str, str]
+    options: dict[str, Any]
 
 
 def signature(limits: Limits, kv_names: Sequence[str]) -> dict[str, str]:
@@ -61,41 +70,57 @@ def load_module(text: str) -> ModuleType:
     return module
 
 
-def compile_kernel(text: str, limits: Limits, kv_names: Sequence[str], arch: int, warps: int = WARPS) -> Kernel:
-    """Compile for `arch` (90 = sm_90). CompileError where it does not fit the architecture."""
+def compile_kernel(
+    text: str, limits: Limits, kv_names: Sequence[str], arch: int, entry: str, warps: int = WARPS
+) -> Kernel:
+    """Compile the kernel named `entry` for `arch` (90 = sm_90). CompileError where it does not fit the architecture."""
     # FMA contraction as on the CPU's f32 paths is not promised; fixed, so that results do not move with Triton.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
         import triton
-        from triton import knobs
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError as error:
         raise HostError(f"expected Triton for GPU targets, got {error}", hint="pip install triton") from None
-    knobs.compilation.disable_line_info = True  # the cubin must not depend on where it was made
-    step = load_module(text).step
+    step = getattr(load_module(text), entry)
     types = signature(limits, kv_names)
     names = list(step.arg_names)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
     source = ASTSource(fn=step, signature=types, constexprs={}, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": 3, "launch_cooperative_grid": True}
+    options = {"num_warps": warps, **OPTIONS}
     try:
         made: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:
         raise CompileError(f"sm_{arch}: Triton could not compile the step: {str(error).splitlines()[0]}") from error
-    usage = resource_usage(made.asm["cubin"], made.asm["ptx"], arch)
+    ptx = portable(made.asm["ptx"])
+    cubin, usage = assemble(ptx, arch)
     params = (*types.items(), *HIDDEN)
     return Kernel(
-        f"sm_{arch}", made.metadata.name, made.asm["ptx"], made.asm["cubin"], made.metadata.num_warps,
-        made.metadata.shared, usage["registers"], usage["stack"], usage["spills"], params,
+        code_arch(ptx), made.metadata.name, ptx, cubin, made.metadata.num_warps,
+        made.metadata.shared, usage["registers"], usage["stack"], usage["spills"],
+        usage["static_shared"], params,
         {"triton": triton.__version__, "ptxas": ptxas_version(arch)},
+        {**options, "fp_fusion": os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"},
     )  # fmt: skip
 
 
-def _tool(name: str) -> str:
+def code_arch(ptx: str) -> str:
+    """The architecture that PTX is for: Triton takes the `a` variant from sm_90 on."""
+    found = re.search(r"^\.target (sm_\d+[af]?)", ptx, re.MULTILINE)
+    if found is None:
+        raise HostError("triton: expected PTX with a `.target`, got none")
+    return found[1]
+
+
+def run_tool(name: str, *words: str) -> str:
+    """What a CUDA tool of Triton's wheel prints: cuobjdump or nvdisasm."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    done = subprocess.run([str(tool), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise HostError(f"{name}: {done.stderr.strip() or 'failed'}")
+    return done.stdout
 
 
 def _ptxas(arch: int) -> str:
@@ -111,21 +136,41 @@ def ptxas_version(arch: int) -> str:
     return found[1] if found else "unknown"
 
 
-def resource_usage(cubin: bytes, ptx: str, arch: int) -> dict[str, int]:
-    """Registers per thread, stack bytes and spilled bytes of a compiled kernel."""
+def portable(ptx: str) -> str:
+    """The same PTX with line information that is right, and that does not depend on where it was made.
+
+    Triton's library is named by its installation's path. Inside inline assembly LLVM counts the lines of the
+    assembly as if they were lines of the module: there the line of the statement stays.
+    """
+    text = re.sub(r'(\.file\s+\d+\s+)"[^"]*/(triton/language/)', r'\1"\2', ptx)
+    inside, kept = False, []
+    for line in text.splitlines():
+        inside = "// begin inline asm" in line or (inside and "// end inline asm" not in line)
+        if not (inside and line.lstrip().startswith(".loc")):
+            kept.append(line)
+    return "\n".join(kept) + "\n"
+
+
+def assemble(ptx: str, arch: int) -> tuple[bytes, dict[str, int]]:
+    """The cubin of a PTX text, with line information, and what it uses.
+
+    Uses: registers per thread, bytes of stack, bytes spilled, bytes of static shared memory. The flags are those
+    Triton gives ptxas.
+    """
+    name = f"--gpu-name={code_arch(ptx)}"
     with tempfile.TemporaryDirectory() as folder:
         binary, text = Path(folder, "step.cubin"), Path(folder, "step.ptx")
-        binary.write_bytes(cubin)
         text.write_text(ptx)
-        dumped = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", str(binary)], capture_output=True, text=True
-        ).stdout
-        name = f"--gpu-name=sm_{arch}" + ("a" if arch >= 90 else "")
-        assembled = subprocess.run(
-            [_ptxas(arch), "-v", name, str(text), "-o", os.devnull], capture_output=True, text=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", dumped)
+        command = [_ptxas(arch), "-lineinfo", "-v", "--regAllocOptLevel=2", name, str(text), "-o", str(binary)]
+        assembled = subprocess.run(command, capture_output=True, text=True)
+        log = assembled.stdout + assembled.stderr
+        if assembled.returncode:
+            raise CompileError(f"sm_{arch}: ptxas could not assemble the step: {log.strip().splitlines()[0]}")
+        dumped = run_tool("cuobjdump", "--dump-resource-usage", str(binary))
+        cubin = binary.read_bytes()
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", dumped)
     if found is None:
         raise HostError(f"cuobjdump: expected a resource line, got {dumped[:200]!r}")
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", assembled.stdout + assembled.stderr)
-    return {"registers": int(found[1]), "stack": int(found[2]), "spills": sum(map(int, spilled))}
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    usage = {"registers": int(found[1]), "stack": int(found[2]), "static_shared": int(found[3])}
+    return cubin, {**usage, "spills": sum(map(int, spilled))}

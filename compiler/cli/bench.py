@@ -8,7 +8,19 @@ import typer
 
 from ...ir.errors import UsageError
 from .talk import HELP
-from .words import Context, Json, PassLines, human_int, int_list, note, positive, print_json, thread_list
+from .words import (
+    Context,
+    Device,
+    Json,
+    PassLines,
+    Segments,
+    human_int,
+    int_list,
+    note,
+    positive,
+    print_json,
+    thread_list,
+)
 
 
 def command(
@@ -25,7 +37,9 @@ def command(
         str, typer.Option(metavar="N,N,..", help="Worker threads, each measured", show_default="one per core")
     ] = "",
     rounds: Annotated[int, typer.Option(parser=positive, metavar="N", help="Repetitions, the median is reported")] = 5,
+    segments: Segments = "mega",
     context: Context = None,
+    device: Device = "auto",
     format: Annotated[str, typer.Option(help="md or json")] = "md",
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -39,7 +53,8 @@ def command(
 
     found: list[dict[str, Any]] = []
     for count in counts:
-        with open_model(model, PassLines(12), threads=count, context=context, all_slots=rows > 1) as opened:
+        how: dict[str, Any] = {"threads": count, "context": context, "device": device, "segments": segments}
+        with open_model(model, PassLines(12), all_slots=rows > 1, **how) as opened:
             found += measure(opened, prompt_tokens, tokens, depths, rows, rounds, note)
     if json or format == "json":
         print_json(found)
@@ -59,7 +74,8 @@ def _markdown(found: list[dict[str, Any]]) -> None:
                 f"{r['read_gbps']:.1f}",
                 f"{r['fraction']:.2f}",
             ]
-        cells = [r["model"], r["target"], str(r["threads"]), r["test"], f"{r['tokens_per_second']:.1f}",
+        target = r["target"] if r["segments"] == "mega" else f"{r['target']} {r['segments']}"
+        cells = [r["model"], target, str(r["threads"]), r["test"], f"{r['tokens_per_second']:.1f}",
                  f"{r['slowest']:.1f} - {r['fastest']:.1f}", *traffic]  # fmt: skip
         print(f"| {' | '.join(cells)} |")
     print("\nSpeed says nothing about the numbers: `onelaunch verify ARTIFACT MODEL` checks them")

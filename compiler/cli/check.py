@@ -31,11 +31,18 @@ def verify(
         raise typer.Exit(4)
 
 
-def doctor(json: Json = False) -> None:
+def doctor(
+    artifact: Annotated[
+        str | None, typer.Argument(help="An artifact: which of its targets would run here, and why not the others")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Look at this machine: what onelaunch finds on it, and what it misses"""
-    from ..doctor import examine
+    from ..doctor import examine, examine_artifact
+    from ..ondemand import find_artifact
 
-    findings = examine()
+    path = find_artifact(artifact, "doctor") if artifact else None
+    findings = examine() + (examine_artifact(path) if path else [])
     missing = [f for f in findings if f.status == "missing"]
     if json:
         print_json({"ok": not missing, "findings": [f.as_dict() for f in findings]})

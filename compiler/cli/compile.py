@@ -29,11 +29,20 @@ def command(
         Path | None,
         typer.Option("-o", "--output", help="Artifact to write, a .ola file or a folder", show_default="MODEL.ola"),
     ] = None,
-    target: Annotated[str, typer.Option(help="auto, cpu-avx512, cpu-avx2 or cpu-portable")] = "auto",
+    target: Annotated[
+        str,
+        typer.Option(metavar="NAME,..", help="auto or cpu, cpu-avx512, cpu-avx2, cpu-portable; sm_90, h100, .."),
+    ] = "auto",
+    target_file: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A TOML file, or a folder, with machines of your own")
+    ] = None,
     quant: Annotated[
         str, typer.Option(help="Quantize matrices to int4, int8 or bf16", show_default="as stored")
     ] = "",
     kv_dtype: Annotated[str, typer.Option(help="How the cache stores keys and values: bf16 or f32")] = "bf16",
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="Pack the weights; without, only to inspect")
+    ] = True,
     ignore_config: Annotated[
         list[str] | None, typer.Option(metavar="FIELD", help="Pass over a config field we do not know")
     ] = None,
@@ -82,6 +91,8 @@ def command(
         ignore_config=frozenset(ignore_config or ()),
         start_from=start_from,
         fit_context=context is None,
+        pack=weights,
+        target_files=tuple(target_file or ()),
     )
     _compile(request, texts, json)
 
@@ -98,7 +109,7 @@ def _compile(request: Request, dump: Dump, json: bool) -> None:
 
     made = compile_model(request, dump, progress)
     if made is None:
-        text = next((t for name, t in dump.texts.items() if f"-{dump.stop_after}." in name), "")
+        text = "".join(t for name, t in dump.texts.items() if f"-{dump.stop_after}." in name)
         if json:
             print_json({"stopped_after": dump.stop_after, "text": text, "seconds": seconds})
         else:
@@ -118,13 +129,15 @@ def _compile(request: Request, dump: Dump, json: bool) -> None:
 
 
 def _passes(request: Request, dump: Dump) -> int:
-    """How many passes will report."""
+    """How many lines of progress there will be: one per pass, and one per GPU architecture."""
     from ...passes import PIPELINE
+    from ..driver import request_targets
     from ..lowering import read_dump
 
-    last = PIPELINE.index(dump.stop_after) if dump.stop_after else len(PIPELINE) - 1
     done = PIPELINE.index(read_dump(request.start_from)[1]) if request.start_from else 0
-    return max(1, last + 1 - done)
+    if dump.stop_after:
+        return max(1, PIPELINE.index(dump.stop_after) + 1 - done)
+    return len(PIPELINE) - done - (not request.pack) + len(request_targets(request).gpus)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...ir.errors import UsageError
-from .words import MODEL_HELP, Context, Json, PassLines, Threads, note, positive, print_json
+from .words import (
+    MODEL_HELP,
+    Context,
+    Device,
+    Json,
+    PassLines,
+    Segments,
+    Threads,
+    note,
+    positive,
+    print_json,
+    spread,
+)
 
 if TYPE_CHECKING:
     from ...runtime import Generation, Model
@@ -29,46 +41,71 @@ MinP = Annotated[
 ]
 Penalty = Annotated[float, typer.Option(min=0.01, help="Against tokens seen before, 1 none", rich_help_panel=SAMPLING)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text", rich_help_panel=SAMPLING)]
+Stats = Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")]
+WHERE = ("threads", "context", "device", "segments")
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text, may be repeated")]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What `run` and `chat` share."""
+
+    max_new_tokens: NewTokens = None
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: Penalty = 1.0
+    seed: Seed = 0
+    threads: Threads = None
+    context: Context = None
+    device: Device = "auto"
+    segments: Segments = "mega"
+    stats: Stats = False
+    json: Json = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of `Model.generate`."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def open(self, name: str) -> Model:
+        from ..ondemand import open_model
+
+        where = {name: getattr(self, name) for name in WHERE}
+        return open_model(name, PassLines(12), **where)
+
+    def report(self, result: Generation) -> None:
+        """What was asked for besides the text."""
+        if self.json:
+            print_json(asdict(result))
+        if self.stats:
+            _stats(result)
+
+
+@spread(Options)
 def run(
     model: Target,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt, - reads it from stdin")],
+    options: Options,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="Use the model's chat template or the bare text",
                      show_default="chat if there is a template"),
     ] = None,
-    max_new_tokens: NewTokens = None,
     stop: Stop = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = 0,
-    threads: Threads = None,
-    context: Context = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")] = False,
-    json: Json = False,
 ) -> None:  # fmt: skip
     """Continue a prompt, compiling the model first if need be"""
     text = sys.stdin.read() if prompt == "-" else prompt
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
-    }  # fmt: skip
-    with _open(model, threads, context) as opened:
+    settings = {**options.settings, "stop": tuple(stop or ())}
+    with options.open(model) as opened:
         tokenizer = opened.tokenizer
         if tokenizer is None:
             raise UsageError("run: expected a model with a tokenizer, got none", hint="the checkpoint had none")
-        options["chat"] = tokenizer.has_chat_template if chat is None else chat
-        result = opened.generate(text, **options) if json else _stream(opened, text, options)
-    if json:
-        print_json(asdict(result))
-    if stats:
-        _stats(result)
+        settings["chat"] = tokenizer.has_chat_template if chat is None else chat
+        result = opened.generate(text, **settings) if options.json else _stream(opened, text, settings)
+    options.report(result)
 
 
 def _stream(model: Model, prompt: Any, options: dict[str, Any]) -> Generation:
@@ -80,34 +117,21 @@ def _stream(model: Model, prompt: Any, options: dict[str, Any]) -> Generation:
     return stream.result
 
 
+@spread(Options)
 def chat(
     model: Target,
+    options: Options,
     system: Annotated[str, typer.Option(help="What the model is told first", show_default="nothing")] = "",
-    max_new_tokens: NewTokens = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = 0,
-    threads: Threads = None,
-    context: Context = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")] = False,
-    json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Talk with a model: one line a turn, /reset starts over, /exit ends"""
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "chat": True,
-    }  # fmt: skip
     start = [{"role": "system", "content": system}] if system else []
-    with _open(model, threads, context) as opened:
+    with options.open(model) as opened:
         if opened.tokenizer is None or not opened.tokenizer.has_chat_template:
             raise UsageError("expected a model with a chat template, got none", hint="use `onelaunch run --raw`")
-        _converse(opened, start, options, stats, json)
+        _converse(opened, start, options)
 
 
-def _converse(model: Model, start: list[dict[str, str]], options: dict[str, Any], stats: bool, json: bool) -> None:
+def _converse(model: Model, start: list[dict[str, str]], options: Options) -> None:
     messages = list(start)
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
@@ -122,22 +146,18 @@ def _converse(model: Model, start: list[dict[str, str]], options: dict[str, Any]
         elif words.startswith("/"):
             note(f"expected /reset or /exit, got `{words}`")
         elif words:
-            messages = _turn(model, [*messages, {"role": "user", "content": words}], options, stats, json)
+            messages = _turn(model, [*messages, {"role": "user", "content": words}], options)
 
 
-def _turn(
-    model: Model, messages: list[dict[str, str]], options: dict[str, Any], stats: bool, json: bool
-) -> list[dict[str, str]]:
+def _turn(model: Model, messages: list[dict[str, str]], options: Options) -> list[dict[str, str]]:
     """Answer the last message; the conversation after it. A turn that cannot run leaves it as it was."""
+    settings = {**options.settings, "chat": True}
     try:
-        result = model.generate(messages, **options) if json else _stream(model, messages, options)
+        result = model.generate(messages, **settings) if options.json else _stream(model, messages, settings)
     except UsageError as error:
         note(f"{error.show()}\n\nhint: /reset starts over")
         return messages[:-1]
-    if json:
-        print_json(asdict(result))
-    if stats:
-        _stats(result)
+    options.report(result)
     return [*messages, {"role": "assistant", "content": result.text}]
 
 
@@ -147,9 +167,3 @@ def _stats(result: Generation) -> None:
         f"prompt {result.prompt_tokens} tokens, {t.prompt_per_second:.1f}/s; "
         f"generated {len(result.tokens)}, {t.decode_per_second:.1f}/s; ended by {result.finish_reason}"
     )
-
-
-def _open(name: str, threads: int | None, context: int | None) -> Model:
-    from ..ondemand import open_model
-
-    return open_model(name, PassLines(12), threads=threads, context=context)

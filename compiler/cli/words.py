@@ -6,7 +6,11 @@ import json
 import math
 import re
 import sys
-from typing import Annotated, Any, TypeAlias
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
@@ -40,6 +44,12 @@ def thread_list(text: str) -> tuple[int, ...]:
     return counts
 
 
+def device_name(text: str) -> str:
+    if text not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"expected auto, cpu or cuda, got `{text}`")
+    return text
+
+
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout")]
 Context: TypeAlias = Annotated[
     int | None,
@@ -49,7 +59,38 @@ Context: TypeAlias = Annotated[
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(help="Worker threads, one of the compiled counts", show_default="one per core")
 ]
+Device: TypeAlias = Annotated[
+    str,
+    typer.Option(parser=device_name, metavar="auto|cpu|cuda",
+                 help="Where to run; auto takes an NVIDIA device if one here fits"),
+]  # fmt: skip
+Segments: TypeAlias = Annotated[
+    str, typer.Option(metavar="NAME", help="On a GPU: mega, a step is one launch, or per-phase, one for each phase")
+]
 MODEL_HELP = "A .gguf file, a Hugging Face folder, or a name: smollm2-135m-instruct, gemma3-270m"
+
+
+def spread(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the parameter `options` of a command the fields of a dataclass, each an option of its own.
+
+    So commands share options: the fields are annotated and defaulted as parameters of a command are.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    shared = [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+              for f in fields(options)]  # fmt: skip
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def spread_out(**given: Any) -> None:
+            taken = {f.name: given.pop(f.name) for f in fields(options)}
+            command(**given, options=options(**taken))
+
+        own = signature(command, eval_str=True).parameters.values()
+        kept = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own if p.name != "options"]
+        spread_out.__signature__ = Signature([*kept, *shared])  # type: ignore[attr-defined]
+        return spread_out
+
+    return decorate
 
 
 def note(text: str) -> None:

@@ -1,0 +1,220 @@
+"""What a compiled kernel of the GPU step uses and what its main loops cost, against what the machine has.
+
+A branch is what the table loop calls for one or several bodies. Its main loops are those that read codes of weights:
+the generated source marks such a load with CODES. The cost of a loop is the instructions of one iteration times the
+threads of the block over the weights it reads, with every path through the loop counted as taken.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ..codegen.triton.build import REGISTERS, Kernel
+from ..ir.formats import FORMATS
+from ..ir.graph import Program
+from ..ir.schedule import part_name, parts
+from .machines import Machine
+from .sass import Instruction, Loop, disassemble
+
+CODES = "# codes"  # ends every line of generated source that loads codes of weights
+SPILLS = ("STL", "LDL")
+Formats = dict[str, str]  # title of a body that reads a matrix -> weight format
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """One loop over codes, in the code of a function of the generated module.
+
+    kind: `matrix` where products are made on tensor cores, else `vector`. widths: bits per thread and load of codes ->
+    loads in the loop. bytes: of codes that the block reads in one iteration. per_weight: thread-instructions.
+    """
+
+    function: str
+    kind: str
+    instructions: int
+    widths: dict[int, int]
+    bytes: int
+    per_weight: float
+    mix: dict[str, int]
+
+    @property
+    def wide(self) -> bool:
+        """Every load of codes reads 16 bytes or more."""
+        return all(bits >= 128 for bits in self.widths)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What the table loop calls: a function, the titles of its bodies, their weight format ('' = no matrix)."""
+
+    function: str
+    titles: tuple[str, ...]
+    format: str
+    instructions: int
+    loops: tuple[MainLoop, ...]
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One compiled kernel. Shared memory in bytes; `spills` counts spill bytes, `local` SASS accesses of the stack.
+
+    loop: instructions of the table loop itself, with its waits and signals.
+    """
+
+    arch: str
+    entry: str
+    warps: int
+    registers: int
+    stack: int
+    spills: int
+    local: int
+    static_shared: int
+    shared: int
+    mix: dict[str, int]
+    loop: int
+    branches: tuple[Branch, ...]
+
+
+def body_formats(program: Program) -> Formats:
+    """The weight format of every body that reads a matrix, by its title `GRAPH.PHASE.BODY`."""
+    return {
+        f"{graph.name}.{phase.name}.{part_name(part)}": part[0].operands[1].tensor.dtype
+        for graph in program.graphs
+        for phase in graph.phases
+        if phase.anchor_kind == "linear"
+        for part in parts(phase)
+    }
+
+
+def report(kernel: Kernel, source: str, formats: Formats) -> KernelReport:
+    """Disassemble a kernel and count; `source` is the generated module it was compiled from."""
+    code, text = disassemble(kernel.cubin), _Source(source, kernel.entry)
+    loops = code.loops()
+    owners = Counter(text.branch(i) for i in code.instructions)
+    branches = []
+    for line, (function, titles) in sorted(text.branches.items()):
+        fmt = next((formats[t] for t in titles if t in formats), "")
+        found = _main_loops(text, loops, line, 32 * kernel.warps, FORMATS[fmt].bits) if fmt else ()
+        branches.append(Branch(function, titles, fmt, owners[line], found))
+    mix = Counter(i.name for i in code.instructions)
+    return KernelReport(
+        kernel.arch, kernel.entry, kernel.warps, kernel.registers, kernel.stack, kernel.spills,
+        sum(mix[n] for n in SPILLS), kernel.static_shared, kernel.shared, dict(mix.most_common()), owners[0],
+        tuple(branches),
+    )  # fmt: skip
+
+
+class _Source:
+    """The generated module by lines: branches of one kernel's table loop, marked loads, functions."""
+
+    def __init__(self, text: str, entry: str) -> None:
+        lines, tree = text.splitlines(), ast.parse(text)
+        self.functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+        kernel = next(f for f in self.functions if f.name == entry)
+        self.branches: dict[int, tuple[str, tuple[str, ...]]] = {}
+        for number in range(kernel.lineno, kernel.end_lineno or 0):
+            test, call = re.match(r"\s+(?:el)?if .*\bbody ==.*:\s*# (.+)", lines[number - 1]), lines[number].strip()
+            if test:
+                self.branches[number + 1] = call.partition("(")[0], tuple(test[1].split(", "))
+        ends = {i for i, line in enumerate(lines, 1) if line.rstrip().endswith(CODES)}
+        simple = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
+        spans = [range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in simple]
+        self.marked = {line for span in spans if ends & set(span) for line in span}
+
+    def branch(self, instruction: Instruction) -> int:
+        """The line of the table loop that called an instruction's branch; 0: it is the loop's own."""
+        call = instruction.lines[-1] if instruction.lines else 0
+        return call if call in self.branches else 0
+
+    def function(self, loop: Loop) -> str:
+        """The innermost function that holds all of a loop."""
+        chains = [i.lines[::-1] for i in loop.code if i.lines]
+        shared = 0
+        while len({c[shared] if shared < len(c) else 0 for c in chains}) == 1:
+            shared += 1
+        line = max(c[shared] if shared < len(c) else c[-1] for c in chains)
+        return next((f.name for f in self.functions if f.lineno <= line <= (f.end_lineno or 0)), "")
+
+
+def _main_loops(text: _Source, loops: list[Loop], line: int, threads: int, bits: int) -> tuple[MainLoop, ...]:
+    loads = {}
+    for loop in loops:
+        found = [i for i in loop.code if text.branch(i) == line and i.lines[0] in text.marked and i.load_bits()]
+        if found:
+            loads[loop.number] = found
+    # What a pipelined loop loads ahead of its first iteration is in the loop around it.
+    around = {outer for loop in loops if loop.number in loads for outer in loop.outer}
+    return tuple(
+        _main_loop(text.function(loop), loop, loads[loop.number], threads, bits)
+        for loop in loops
+        if loop.number in loads.keys() - around
+    )
+
+
+def _main_loop(function: str, loop: Loop, loads: list[Instruction], threads: int, bits: int) -> MainLoop:
+    read = threads * sum(i.load_bits() for i in loads)
+    return MainLoop(
+        function,
+        loop.kind,
+        len(loop.code),
+        dict(Counter(i.load_bits() for i in loads)),
+        read // 8,
+        len(loop.code) * threads * bits / read,
+        dict(Counter(i.name for i in loop.code).most_common()),
+    )
+
+
+def problems(found: KernelReport, machine: Machine, blocks: int = 1) -> list[str]:
+    """Why a kernel may not run as planned with `blocks` blocks on each SM of a machine; empty: it may."""
+    threads, shared = 32 * found.warps, found.shared + found.static_shared
+    where = f"{found.arch} {found.entry}"
+    checks = [
+        ("spilled bytes", found.spills, 0),
+        ("stack bytes", found.stack, 0),
+        ("local memory instructions", found.local, 0),
+        ("registers per thread", found.registers, REGISTERS),
+        (f"registers of {blocks} blocks", blocks * threads * found.registers, machine.registers_per_sm),
+        (f"threads of {blocks} blocks", blocks * threads, machine.threads_per_sm),
+        ("dynamic shared bytes", found.shared, machine.shared_bytes_per_block),
+        (f"shared bytes of {blocks} blocks", blocks * shared, machine.shared_bytes_per_sm),
+    ]
+    reasons = [f"{where}: {what}: expected at most {most}, got {got}" for what, got, most in checks if got > most]
+    for branch in found.branches:
+        if branch.format and not branch.loops:
+            reasons.append(f"{where}: `{branch.function}`: expected a loop with a load marked `{CODES}`, got none")
+        for loop in branch.loops:
+            if not loop.wide:
+                widths = ", ".join(f"{n} of {bits} bits" for bits, n in sorted(loop.widths.items()))
+                reasons.append(f"{where}: `{loop.function}`: expected 16-byte loads of codes, got {widths}")
+    return reasons
+
+
+def budget(branch: Branch, machine: Machine) -> float:
+    """Thread-instructions per weight at which a branch's issue takes as long as its reading."""
+    return machine.issue_budget(FORMATS[branch.format].packed_bits)
+
+
+def alone(source: str, entry: str, function: str) -> str:
+    """The generated module with one branch left in a kernel's table loop: what do the others cost it in registers?"""
+    return ast.unparse(_Alone(entry, function).visit(ast.parse(source)))
+
+
+class _Alone(ast.NodeTransformer):
+    def __init__(self, entry: str, function: str) -> None:
+        self.entry, self.function = entry, function
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        return self.generic_visit(node) if node.name == self.entry else node
+
+    def visit_If(self, node: ast.If) -> Any:
+        if not any(isinstance(n, ast.Name) and n.id == "body" for n in ast.walk(node.test)):
+            return self.generic_visit(node)
+        match node.body:
+            case [ast.Expr(value=ast.Call(func=ast.Name(id=self.function)))]:
+                return node.body
+        rest = [self.visit(inner) for inner in node.orelse]
+        return [s for inner in rest for s in (inner if isinstance(inner, list) else [inner])] or ast.Pass()
