@@ -1,8 +1,8 @@
-"""What the compiled GPU step uses and what its main loops cost, against what the machine has.
+"""What a compiled kernel of the GPU step uses and what its main loops cost, against what the machine has.
 
-A body's main loops are those that read codes of weights: the generated source marks such a load with CODES. The
-cost of a loop is the instructions of one iteration times the threads of the block over the weights it reads, all
-paths through the loop counted as taken.
+A branch is what the table loop calls for one or several bodies. Its main loops are those that read codes of weights:
+the generated source marks such a load with CODES. The cost of a loop is the instructions of one iteration times the
+threads of the block over the weights it reads, with every path through the loop counted as taken.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from .sass import Instruction, Loop, disassemble
 
 CODES = "# codes"  # ends every line of generated source that loads codes of weights
 SPILLS = ("STL", "LDL")
-SYSTEM_SHARED = 1024  # bytes of static shared memory that the system takes from sm_90 on
 Formats = dict[str, str]  # title of a body that reads a matrix -> weight format
 
 
 @dataclass(frozen=True)
 class MainLoop:
-    """One loop over codes. `kind` is `matrix` where products are made on tensor cores (several rows), else `vector`.
+    """One loop over codes, in the code of a function of the generated module.
 
-    widths: bits per thread and load of codes -> loads in the loop. per_weight: thread-instructions.
+    kind: `matrix` where products are made on tensor cores, else `vector`. widths: bits per thread and load of codes ->
+    loads in the loop. bytes: of codes that the block reads in one iteration. per_weight: thread-instructions.
     """
 
+    function: str
     kind: str
     instructions: int
     widths: dict[int, int]
+    bytes: int
     per_weight: float
     mix: dict[str, int]
 
@@ -46,11 +48,11 @@ class MainLoop:
 
 
 @dataclass(frozen=True)
-class BodyReport:
-    """`instructions` are those of its SASS code; `format` is empty where it reads no matrix."""
+class Branch:
+    """What the table loop calls: a function, the titles of its bodies, their weight format ('' = no matrix)."""
 
-    number: int
-    title: str
+    function: str
+    titles: tuple[str, ...]
     format: str
     instructions: int
     loops: tuple[MainLoop, ...]
@@ -58,9 +60,13 @@ class BodyReport:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One compiled kernel. Shared memory in bytes; `spills` counts spill bytes, `local` SASS accesses of the stack."""
+    """One compiled kernel. Shared memory in bytes; `spills` counts spill bytes, `local` SASS accesses of the stack.
+
+    loop: instructions of the table loop itself, with its waits and signals.
+    """
 
     arch: str
+    entry: str
     warps: int
     registers: int
     stack: int
@@ -69,8 +75,8 @@ class KernelReport:
     static_shared: int
     shared: int
     mix: dict[str, int]
-    unattributed: int
-    bodies: tuple[BodyReport, ...]
+    loop: int
+    branches: tuple[Branch, ...]
 
 
 def body_formats(program: Program) -> Formats:
@@ -86,68 +92,78 @@ def body_formats(program: Program) -> Formats:
 
 def report(kernel: Kernel, source: str, formats: Formats) -> KernelReport:
     """Disassemble a kernel and count; `source` is the generated module it was compiled from."""
-    code = disassemble(kernel.cubin)
-    calls, titles, marked = _calls(source), _titles(source), _marked(source)
+    code, text = disassemble(kernel.cubin), _Source(source, kernel.entry)
     loops = code.loops()
-    owner = [calls.get(i.call, -1) for i in code.instructions]
-    bodies = tuple(
-        _body(number, titles[number], formats.get(titles[number], ""), owner, loops, calls, marked, kernel.warps)
-        for number in sorted(titles)
-    )
+    owners = Counter(text.branch(i) for i in code.instructions)
+    branches = []
+    for line, (function, titles) in sorted(text.branches.items()):
+        fmt = next((formats[t] for t in titles if t in formats), "")
+        found = _main_loops(text, loops, line, 32 * kernel.warps, FORMATS[fmt].bits) if fmt else ()
+        branches.append(Branch(function, titles, fmt, owners[line], found))
     mix = Counter(i.name for i in code.instructions)
     return KernelReport(
-        kernel.arch, kernel.warps, kernel.registers, kernel.stack, kernel.spills, sum(mix[n] for n in SPILLS),
-        kernel.static_shared, kernel.shared, dict(mix.most_common()), owner.count(-1), bodies,
+        kernel.arch, kernel.entry, kernel.warps, kernel.registers, kernel.stack, kernel.spills,
+        sum(mix[n] for n in SPILLS), kernel.static_shared, kernel.shared, dict(mix.most_common()), owners[0],
+        tuple(branches),
     )  # fmt: skip
 
 
-def _calls(source: str) -> dict[int, int]:
-    """Line of the dispatcher -> number of the body it calls."""
-    return {i: int(m[1]) for i, m in enumerate(_matches(r"\s+body_(\d+)\(", source), 1) if m}
+class _Source:
+    """The generated module by lines: branches of one kernel's table loop, marked loads, functions."""
+
+    def __init__(self, text: str, entry: str) -> None:
+        lines, tree = text.splitlines(), ast.parse(text)
+        self.functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+        kernel = next(f for f in self.functions if f.name == entry)
+        self.branches: dict[int, tuple[str, tuple[str, ...]]] = {}
+        for number in range(kernel.lineno, kernel.end_lineno or 0):
+            test, call = re.match(r"\s+(?:el)?if .*\bbody ==.*:\s*# (.+)", lines[number - 1]), lines[number].strip()
+            if test:
+                self.branches[number + 1] = call.partition("(")[0], tuple(test[1].split(", "))
+        ends = {i for i, line in enumerate(lines, 1) if line.rstrip().endswith(CODES)}
+        simple = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
+        spans = [range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in simple]
+        self.marked = {line for span in spans if ends & set(span) for line in span}
+
+    def branch(self, instruction: Instruction) -> int:
+        """The line of the table loop that called an instruction's branch; 0: it is the loop's own."""
+        call = instruction.lines[-1] if instruction.lines else 0
+        return call if call in self.branches else 0
+
+    def function(self, loop: Loop) -> str:
+        """The innermost function that holds all of a loop."""
+        chains = [i.lines[::-1] for i in loop.code if i.lines]
+        shared = 0
+        while len({c[shared] if shared < len(c) else 0 for c in chains}) == 1:
+            shared += 1
+        line = max(c[shared] if shared < len(c) else c[-1] for c in chains)
+        return next((f.name for f in self.functions if f.lineno <= line <= (f.end_lineno or 0)), "")
 
 
-def _titles(source: str) -> dict[int, str]:
-    """Number of a body -> its title, which the dispatcher gives as a comment."""
-    found = [m for m in _matches(r"\s+(?:el)?if body == (\d+):\s*# (\S+)", source) if m]
-    return {int(m[1]): m[2] for m in found}
-
-
-def _marked(source: str) -> set[int]:
-    """Lines of the statements that load codes; one that spans lines counts with all of them."""
-    ends = {i for i, line in enumerate(source.splitlines(), 1) if line.rstrip().endswith(CODES)}
-    simple = (ast.Assign, ast.AugAssign, ast.Expr)
-    spans = [
-        range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in ast.walk(ast.parse(source)) if isinstance(n, simple)
-    ]
-    return ends | {line for span in spans if ends & set(span) for line in span}
-
-
-def _matches(pattern: str, source: str) -> list[re.Match[str] | None]:
-    return [re.match(pattern, line) for line in source.splitlines()]
-
-
-def _body(
-    number: int, title: str, fmt: str, owner: list[int], loops: list[Loop],
-    calls: dict[int, int], marked: set[int], warps: int,
-) -> BodyReport:  # fmt: skip
-    loads = {
-        loop: [i for i in loop.code if i.line in marked and calls.get(i.call) == number and i.load_bits()]
-        for loop in (loops if fmt else ())
-    }
-    reading = [loop for loop, found in loads.items() if found]
+def _main_loops(text: _Source, loops: list[Loop], line: int, threads: int, bits: int) -> tuple[MainLoop, ...]:
+    loads = {}
+    for loop in loops:
+        found = [i for i in loop.code if text.branch(i) == line and i.lines[0] in text.marked and i.load_bits()]
+        if found:
+            loads[loop.number] = found
     # What a pipelined loop loads ahead of its first iteration is in the loop around it.
-    inner = [loop for loop in reading if not any(loop.number in other.outer for other in reading)]
-    found = [_main_loop(loop, loads[loop], 32 * warps, FORMATS[fmt].bits) for loop in inner]
-    return BodyReport(number, title, fmt, owner.count(number), tuple(found))
+    around = {outer for loop in loops if loop.number in loads for outer in loop.outer}
+    return tuple(
+        _main_loop(text.function(loop), loop, loads[loop.number], threads, bits)
+        for loop in loops
+        if loop.number in loads.keys() - around
+    )
 
 
-def _main_loop(loop: Loop, loads: list[Instruction], threads: int, bits: int) -> MainLoop:
-    weights = threads * sum(i.load_bits() for i in loads) / bits
+def _main_loop(function: str, loop: Loop, loads: list[Instruction], threads: int, bits: int) -> MainLoop:
+    read = threads * sum(i.load_bits() for i in loads)
     return MainLoop(
+        function,
         loop.kind,
         len(loop.code),
         dict(Counter(i.load_bits() for i in loads)),
-        len(loop.code) * threads / weights,
+        read // 8,
+        len(loop.code) * threads * bits / read,
         dict(Counter(i.name for i in loop.code).most_common()),
     )
 
@@ -155,6 +171,7 @@ def _main_loop(loop: Loop, loads: list[Instruction], threads: int, bits: int) ->
 def problems(found: KernelReport, machine: Machine, blocks: int = 1) -> list[str]:
     """Why a kernel may not run as planned with `blocks` blocks on each SM of a machine; empty: it may."""
     threads, shared = 32 * found.warps, found.shared + found.static_shared
+    where = f"{found.arch} {found.entry}"
     checks = [
         ("spilled bytes", found.spills, 0),
         ("stack bytes", found.stack, 0),
@@ -165,40 +182,39 @@ def problems(found: KernelReport, machine: Machine, blocks: int = 1) -> list[str
         ("dynamic shared bytes", found.shared, machine.shared_bytes_per_block),
         (f"shared bytes of {blocks} blocks", blocks * shared, machine.shared_bytes_per_sm),
     ]
-    reasons = [f"{found.arch}: {what}: expected at most {most}, got {got}" for what, got, most in checks if got > most]
-    for body in found.bodies:
-        if body.format and not body.loops:
-            reasons.append(f"{found.arch}: body `{body.title}`: expected a loop with a load marked `{CODES}`, got none")
-        for loop in body.loops:
+    reasons = [f"{where}: {what}: expected at most {most}, got {got}" for what, got, most in checks if got > most]
+    for branch in found.branches:
+        if branch.format and not branch.loops:
+            reasons.append(f"{where}: `{branch.function}`: expected a loop with a load marked `{CODES}`, got none")
+        for loop in branch.loops:
             if not loop.wide:
                 widths = ", ".join(f"{n} of {bits} bits" for bits, n in sorted(loop.widths.items()))
-                reasons.append(f"{found.arch}: body `{body.title}`: expected 16-byte loads of codes, got {widths}")
+                reasons.append(f"{where}: `{loop.function}`: expected 16-byte loads of codes, got {widths}")
     return reasons
 
 
-def budget(body: BodyReport, machine: Machine) -> float:
-    """Thread-instructions per weight at which a body's issue takes as long as its reading."""
-    return machine.issue_budget(FORMATS[body.format].packed_bits)
+def budget(branch: Branch, machine: Machine) -> float:
+    """Thread-instructions per weight at which a branch's issue takes as long as its reading."""
+    return machine.issue_budget(FORMATS[branch.format].packed_bits)
 
 
-def alone(source: str, number: int) -> str:
-    """The generated module with one body left in its dispatcher: what the others cost it in registers."""
-    return ast.unparse(_Alone(number).visit(ast.parse(source)))
+def alone(source: str, entry: str, function: str) -> str:
+    """The generated module with one branch left in a kernel's table loop: what do the others cost it in registers?"""
+    return ast.unparse(_Alone(entry, function).visit(ast.parse(source)))
 
 
 class _Alone(ast.NodeTransformer):
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, entry: str, function: str) -> None:
+        self.entry, self.function = entry, function
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        return self.generic_visit(node) if node.name == self.entry else node
 
     def visit_If(self, node: ast.If) -> Any:
-        match node.test:
-            case ast.Compare(left=ast.Name(id="body"), comparators=[ast.Constant(value=value)]):
-                if value == self.number:
-                    return node.body
-                kept = [statement for inner in node.orelse for statement in _listed(self.visit(inner))]
-                return kept or ast.Pass()
-        return self.generic_visit(node)
-
-
-def _listed(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
+        if not any(isinstance(n, ast.Name) and n.id == "body" for n in ast.walk(node.test)):
+            return self.generic_visit(node)
+        match node.body:
+            case [ast.Expr(value=ast.Call(func=ast.Name(id=self.function)))]:
+                return node.body
+        rest = [self.visit(inner) for inner in node.orelse]
+        return [s for inner in rest for s in (inner if isinstance(inner, list) else [inner])] or ast.Pass()

@@ -77,7 +77,9 @@ class Machine:
     Tensor rates are dense, accumulating in float32 (int8: in int32); None: the hardware has no such path. The
     clock is the boost clock, so issue budgets are upper bounds; bandwidth is the printed one, so floors are lower
     bounds. launch: a graph replay to the first instruction; boundary: between two kernels of a graph; join: the
-    last signal to the last waiter going on. `evidence` has one entry per figure present.
+    last signal to the last waiter going on. read_fraction: of the bandwidth, what a kernel that only reads gets;
+    sm_share: how many times its even share of the bandwidth one SM can draw while others idle; l2_bytes_per_clock:
+    what one SM can read from L2. `evidence` has one entry per figure present.
     """
 
     name: str
@@ -101,6 +103,11 @@ class Machine:
     launch_us: float = _figure(float, 0.01, 1000)
     boundary_us: float = _figure(float, 0.01, 1000)
     join_us: float = _figure(float, 0.01, 1000)
+    read_fraction: float = _figure(float, 0.3, 1.0)
+    sm_share: float = _figure(float, 1.0, 32.0)
+    l2_bytes_per_clock: float = _figure(float, 8, 1024)
+    l2_latency_us: float = _figure(float, 0.02, 10)
+    memory_latency_us: float = _figure(float, 0.05, 10)
     evidence: Mapping[str, Evidence] = field(repr=False, hash=False)
     path: Path = field(repr=False, compare=False)
 

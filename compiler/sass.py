@@ -1,7 +1,7 @@
 """Machine code of a compiled kernel: its instructions, which body each belongs to, its loops.
 
 An instruction is attributed to a body by line information: the outermost line it was inlined at is the line of the
-dispatcher that calls `body_N`. The code is the one that ships, since line information does not change it. Compiling
+table loop that calls the body. The code is the one that ships, since line information does not change it. Compiling
 a body alone would measure other code: registers and unrolling are chosen for the kernel as a whole.
 """
 
@@ -28,13 +28,12 @@ _LABEL = re.compile(r"(\.L_\w+):")
 
 @dataclass(frozen=True)
 class Instruction:
-    """`line` and `call` are lines of the generated module: of the instruction itself and of the dispatcher's call."""
+    """`lines` are those of the generated module: of the instruction, then of the calls it was inlined by."""
 
     address: int
     text: str  # opcode and operands
     predicated: bool
-    line: int
-    call: int
+    lines: tuple[int, ...]
     targets: tuple[str, ...] = ()  # the labels a branch may go to
 
     @property
@@ -118,7 +117,7 @@ def disassemble(cubin: bytes) -> Code:
         path.write_bytes(cubin)
         listing = run_tool("nvdisasm", "-c", "-gi", str(path))
     instructions, labels = parse_listing(listing.splitlines())
-    if not any(i.call for i in instructions):
+    if not any(i.lines for i in instructions):
         raise HostError("cubin: expected line information of the generated module, got none")
     return Code(tuple(instructions), labels)
 
@@ -146,9 +145,8 @@ def parse_listing(lines: Iterable[str]) -> tuple[list[Instruction], dict[str, in
 
 
 def _instruction(address: int, text: str, chain: list[tuple[str, int]]) -> Instruction:
-    ours = [line for file, line in chain if file.startswith(GENERATED)]
+    ours = tuple(line for file, line in chain if file.startswith(GENERATED))
     guard = re.match(r"@!?U?P\w+\s+", text)
     plain = text[guard.end() :] if guard else text
     targets = re.findall(r"\.L_\w+", plain) if plain.split()[0].split(".")[0] in BRANCHES else []
-    line, call = (ours[0], ours[-1]) if ours else (0, 0)
-    return Instruction(address, plain, guard is not None, line, call, tuple(targets))
+    return Instruction(address, plain, guard is not None, ours, tuple(targets))

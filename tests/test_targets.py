@@ -178,7 +178,10 @@ def test_table_has_a_plain_row_per_machine():
     assert json.loads(json.dumps(rows)) == rows
     h100 = next(r for r in rows if r["name"] == "h100")
     assert h100["issue_4bit"] == machines()["h100"].issue_budget(FORMATS["q4_0"].packed_bits)
-    assert h100["assumed"] == ["launch_us", "boundary_us", "join_us"]
+    assert h100["assumed"] == [
+        "launch_us", "boundary_us", "join_us", "read_fraction", "sm_share", "l2_bytes_per_clock", "l2_latency_us",
+        "memory_latency_us",
+    ]  # fmt: skip
 
 
 def test_details_give_every_figure_with_its_source():

@@ -70,8 +70,10 @@ def load_module(text: str) -> ModuleType:
     return module
 
 
-def compile_kernel(text: str, limits: Limits, kv_names: Sequence[str], arch: int, warps: int = WARPS) -> Kernel:
-    """Compile for `arch` (90 = sm_90). CompileError where it does not fit the architecture."""
+def compile_kernel(
+    text: str, limits: Limits, kv_names: Sequence[str], arch: int, entry: str, warps: int = WARPS
+) -> Kernel:
+    """Compile the kernel named `entry` for `arch` (90 = sm_90). CompileError where it does not fit the architecture."""
     # FMA contraction as on the CPU's f32 paths is not promised; fixed, so that results do not move with Triton.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
@@ -80,7 +82,7 @@ def compile_kernel(text: str, limits: Limits, kv_names: Sequence[str], arch: int
         from triton.compiler import ASTSource
     except ImportError as error:
         raise HostError(f"expected Triton for GPU targets, got {error}", hint="pip install triton") from None
-    step = load_module(text).step
+    step = getattr(load_module(text), entry)
     types = signature(limits, kv_names)
     names = list(step.arg_names)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
