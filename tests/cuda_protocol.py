@@ -230,11 +230,6 @@ def test_the_first_step_finds_the_weights_and_zeroed_memory(fake: Fake, root: Pa
     assert int(first[4]) == 0
 
 
-def test_a_small_kernel_does_not_ask_for_shared_memory(fake: Fake, tmp_path: Path) -> None:
-    with load(write(tmp_path / "small", shared=1024)):
-        assert "cuFuncSetAttribute" not in called(fake.log())
-
-
 # Life and death
 
 
