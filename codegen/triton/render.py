@@ -158,6 +158,11 @@ class Renderer:
             tile, index = emitter.operand(x), f"tl.arange(0, {emit.lanes(width)})"
             at = f"panel + row * {pitch} + {index}"
             lines = [*emitter.lines, f"tl.store({at}, {tile}.to({PANEL_TYPES[kind]}), mask={index} < {width})"]
+        if pitch > width:  # weights are padded with zeros, and zero times what lies here must be zero
+            lines += [
+                f"pad = {width} + tl.arange(0, 32)",
+                f"tl.store(panel + row * {pitch} + pad, tl.zeros((32,), {PANEL_TYPES[kind]}), mask=pad < {pitch})",
+            ]
         return str(
             template(TEMPLATES, "pack.py.j2").render(
                 **common,
