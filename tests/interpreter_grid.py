@@ -97,7 +97,9 @@ class Grid:
             self._new_speeds()
         ready = [p for p in sorted(self.alive) if p not in self.waits or _word(self.waits[p][0]) != self.waits[p][1]]
         if not ready:
-            stuck = (f"program {p} waits for {self.clocks.place(a)}, which stays {v}" for p, (a, v) in self.waits.items())
+            stuck = (
+                f"program {p} waits for {self.clocks.place(a)}, which stays {v}" for p, (a, v) in self.waits.items()
+            )
             raise Deadlock("; ".join(stuck) + f"; the last at {where()}")
         return self.random.choices(ready, [self.speeds[p] for p in ready])[0]
 

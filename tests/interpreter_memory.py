@@ -131,9 +131,7 @@ class Clocks:
             other = writer[bad][0]
             self._fail(Race, buffer, me, at[bad], what, f"unordered with a store by program {other}")
 
-    def _ordered(
-        self, buffer: Buffer, me: int, at: np.ndarray, when: np.ndarray, what: str, earlier: str
-    ) -> None:
+    def _ordered(self, buffer: Buffer, me: int, at: np.ndarray, when: np.ndarray, what: str, earlier: str) -> None:
         bad = when[:, at] > self.known[me][:, None]
         if bad.any():
             other, first = np.argwhere(bad)[0]
