@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .access import panel_value, stored
+from .formats import BLOCK_K, TILE_ROWS
 from .graph import Graph, Program
 from .limits import SPLIT_TOKENS, Limits
 from .op import Op
 from .ops import Append, Attend
 from .phases import Phase
-from .schedule import packed_name, panel_kind, panel_kinds, part_name, parts, unit_rows
+from .schedule import packed_name, padded, panel_kind, panel_kinds, part_name, parts, unit_rows
 from .table import Arg, CacheGroup
 from .types import TensorType, Value
 
@@ -115,12 +116,14 @@ class BodyArgs:
         found: Args = {
             "weight": Arg("weight", packed_name(part)),
             "panel": Arg("value", panel_value(phase.name, panel_kind(weight))),
+            "blocks": Arg("number", number=padded(weight.tensor.width) // BLOCK_K),
+            "tiles": Arg("number", number=unit_rows(phase, part) // TILE_ROWS),
         }
+        if phase.layout == "heads":
+            found["unit"] = Arg("value", unit_value(part))
         ops = part_epilogue(phase, part)
         made = {op.out.name for op in phase.ops}
         found |= {n: a for n, a in _operands(ops).items() if n not in made}
-        if phase.layout == "heads":
-            found["unit"] = Arg("value", unit_value(part))
         for op in ops:
             if isinstance(op, Append):
                 found["group"] = Arg("number", number=self.group(op.kv))

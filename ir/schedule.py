@@ -21,6 +21,8 @@ from .phases import Phase
 from .types import Value
 
 BUCKETS = ("few", "many")
+# How rows meet a matrix on a GPU: one after the other on CUDA cores, or in tiles on tensor cores.
+STRATEGIES = {"few": "vector", "many": "matrix"}
 PREVIOUS = "^"  # the end event of the section before
 LIVE = -1  # `last` of a drain: the number of tiles is known when the step runs
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from onelaunch.codegen.triton.build import load_module, signature
+from onelaunch.codegen.triton.build import WARPS, load_module, signature
 from onelaunch.codegen.triton.render import render_kernel
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.limits import Limits, kv_tile_bytes, state_bytes, state_fields
@@ -42,7 +42,7 @@ def emulator():
 class EmulatedStep:
     """One model's step for one architecture, with its state on the host."""
 
-    def __init__(self, checkpoint: Path, limits: Limits, quant: str = "", arch: int = 90, warps: int = 4) -> None:
+    def __init__(self, checkpoint: Path, limits: Limits, quant: str = "", arch: int = 90, warps: int = WARPS) -> None:
         imported, self.limits = import_checkpoint(open_checkpoint(checkpoint)), limits
         program = imported.program
         for _, change in GRAPH_PASSES:
@@ -72,9 +72,11 @@ class EmulatedStep:
         self.state["slot_limit"][:], self.state["slot_stop"][:] = limits.context, -1
         self.state["slot_top_p"][:] = self.state["slot_penalty"][:] = 1
         types = signature(limits, self.source.kv_names)
-        self.kernel = emulator().compile_kernel(
-            load_module(self.source.text).step, types, {}, arch=arch, num_warps=warps
-        )
+        module = load_module(self.source.text)
+        self.kernels = {
+            b: emulator().compile_kernel(getattr(module, f"step_{b}"), types, {}, arch=arch, num_warps=warps)
+            for b in BUCKETS
+        }
         self.names = list(types)
 
     def prompt(self, tokens: list[int], slot: int = 0) -> None:
@@ -96,8 +98,9 @@ class EmulatedStep:
         tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays[:1]]
         tensors += [torch.from_numpy(a) for a in (*arrays[1:], self.raw.view(np.int32))]
         tensors += [torch.from_numpy(a).view(kv_type) for a in self.kv]
+        kernel = self.kernels[bucket]
         return emulator().emulate(
-            self.kernel.asm["ptx"], self.kernel.metadata, (WORKERS,), [*tensors, table.shape[1]],
+            kernel.asm["ptx"], kernel.metadata, (WORKERS,), [*tensors, table.shape[1]],
             names=self.names, seed=seed, readonly=["weights", "table"],
         )  # fmt: skip
 

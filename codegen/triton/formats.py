@@ -1,8 +1,8 @@
-"""How a packed weight tile is read by Triton: one word of 32 bits per lane, then its values one by one.
+"""How a packed weight tile lies in memory, as the Triton templates read it.
 
-The packed file is the CPU's (codegen/cpu/pack.py): blocks of 32 output rows by 32 k, rows beside each other,
-so that neighbouring lanes read neighbouring words. A block is seen as a matrix of words [line][row]: every
-line holds the same `values` positions of k for all 32 rows, as two halves of 16 rows.
+The packed file is the CPU's (codegen/cpu/pack.py): tiles of 32 output rows by all of K, rows beside each
+other. The main loops read it by planes of 32-bit words, four neighbouring words to a thread; everything else
+asks for single codes. Both views of a format are here.
 """
 
 from __future__ import annotations
@@ -10,95 +10,172 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.errors import CompileError
-from ...ir.formats import FORMATS
+from ...ir.formats import BLOCK_K, FORMATS, Format
 
-ROWS = 32
 WORD = 4
+PANEL_WORDS = 12  # of 32 int8 activations: 8 words of codes, scale, sums of each 16 codes, scale times sum
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Words of one kind in a block: row r of half h is word `first + h * half + r % 16`."""
+
+    name: str
+    first: int
+    half: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """32 scales of one kind: elements of `dtype` (16 or 8 bits) from element `first` of the block or the tail."""
+
+    name: str
+    dtype: str  # a Triton type
+    first: int
+    in_tail: bool = False
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The Triton view of a format.
+    """The Triton view of an integer format: scale * (code - zero) + minimum.
 
-    lines:  word lines of a block of 32 k (dense formats: of one k or one pair of k, `block_k` of them)
-    half:   words from the first to the second half of 16 rows
-    line:   words from one line to the next
-    values: for each value of a word: (its k within the block for line j, as a template of `j`; its expression
-            of the word `q`)
-    scale, minimum: expressions of the float32 [line, row] factor and offset, '' = none; they may use
-            `block` (word address of the block), `row` (0..31) and `tail` (word address of the superblock's end)
+    codes:   for each group g of 4 k of a block, the expression of a word with 4 unsigned codes
+    scale:   expression of the scale of each part of a block (two parts where 16 k share one), of `scales`
+    minimum: expression of what is added, '' = nothing
+    single:  expression of one code, of `code` at `code_byte` and, where there is one, `extra` at `extra_byte`;
+             templates of {k} in the block and {r} in the half
     """
 
     name: str
-    block_k: int
     block_words: int
-    lines: int
-    half: int
-    line: int
-    values: tuple[tuple[str, str], ...]
-    scale: str = ""
-    minimum: str = ""
-    blocks: int = 1  # blocks of a superblock
-    tail_words: int = 0
+    planes: tuple[Plane, ...]
+    codes: tuple[str, ...]
+    scales: tuple[Scale, ...]
+    scale: tuple[str, ...]
+    minimum: str
+    zero: int
+    blocks: int  # of a superblock
+    tail_words: int
+    code_byte: str
+    extra_byte: str
+    single: str
 
     @property
     def super_words(self) -> int:
         return self.blocks * self.block_words + self.tail_words
 
-    def tile_words(self, k_padded: int) -> int:
-        """Words of one tile of 32 rows by all of K."""
-        return k_padded // (self.block_k * self.blocks) * self.super_words
+    @property
+    def held(self) -> str:
+        """Names of what a thread keeps of one block."""
+        return ", ".join(p.name for p in (*self.planes, *self.scales))
 
 
-def _nibbles(zero: int) -> tuple[tuple[str, str], ...]:
-    minus = f" - {zero}" if zero else ""
-    low = [(f"4 * j + {i}", f"((q >> {8 * i}) & 15){minus}") for i in range(4)]
-    high = [(f"4 * j + {16 + i}", f"((q >> {8 * i + 4}) & 15){minus}") for i in range(4)]
-    return (*low, *high)
+@dataclass(frozen=True)
+class DenseReader:
+    """The Triton view of a dense format: lines of one k, or of a pair of k, for 32 rows.
+
+    words: 32-bit words of a line          line_k: k of a line
+    lines: lines that the threads of a CTA read at once, each four words of one
+    """
+
+    name: str
+    words: int
+    line_k: int
+    lines: int
+    element: str  # the Triton type of an element
+    place: str  # element of a tile: a template of {k} and {row}
+
+    @property
+    def block_words(self) -> int:
+        """Words of 32 k of a tile."""
+        return BLOCK_K // self.line_k * self.words
 
 
-def _half_at(word: int) -> str:
-    return f"half_at(block, {word}, row)"
+_LOW = "& 0x0F0F0F0F"
 
 
-def _byte_at(word: int) -> str:
-    return f"byte_at(block, {word}, row)"
+def _codes(fmt: Format) -> tuple[str, ...]:
+    """Four codes of each group g, from the planes `w*` and, for the bits past four, `h*`."""
+    if fmt.bits == 8:
+        return tuple(f"w{g}" for g in range(8))
+    nibbles = [f"(w{g} {_LOW})" if g < 4 else f"((w{g - 4} >> 4) {_LOW})" for g in range(8)]
+    if fmt.bits == 5:
+        fifth = [f"(h0 << {4 - g})" if g <= 4 else f"(h0 >> {g - 4})" for g in range(8)]
+        return tuple(f"{n} | ({f} & 0x10101010)" for n, f in zip(nibbles, fifth, strict=True))
+    if fmt.bits == 6:
+        shifts = ["<< 4", "<< 2", ">> 0", ">> 2"]
+        pairs = [f"(h{g // 4} {shifts[g % 4]})" for g in range(8)]
+        return tuple(f"{n} | ({p} & 0x30303030)" for n, p in zip(nibbles, pairs, strict=True))
+    return tuple(nibbles)
 
 
-def _reader(name: str) -> Reader:
-    fmt = FORMATS[name]
-    words = fmt.packed_block_bytes // WORD
-    match name:
-        case "q4_0":
-            return Reader(name, 32, words, 4, 64, 16, _nibbles(8), scale=_half_at(128))
-        case "q4_1":
-            return Reader(name, 32, words, 4, 64, 16, _nibbles(0), scale=_half_at(128), minimum=_half_at(144))
-        case "q8_0":
-            bytes_of = tuple((f"4 * j + {i}", f"((q >> {8 * i}) & 255) - 128") for i in range(4))
-            return Reader(name, 32, words, 8, 128, 16, bytes_of, scale=_half_at(256))
-        case "q4_k":
-            tail = fmt.packed_tail_bytes // WORD
-            return Reader(
-                name, 32, words, 4, 64, 16, _nibbles(0),
-                scale=f"{_byte_at(128)} * half_at(tail, 0, row)",
-                minimum=f"-({_byte_at(136)} * half_at(tail, 16, row))",
-                blocks=8, tail_words=tail,
-            )  # fmt: skip
-        case "f32":
-            return Reader(name, 1, 32, 1, 16, 32, (("0", "q.to(tl.float32, bitcast=True)"),))
-        case "bf16":
-            low = ("0", "(q << 16).to(tl.float32, bitcast=True)")
-            high = ("1", "(q & -65536).to(tl.float32, bitcast=True)")
-            return Reader(name, 2, 32, 1, 16, 32, (low, high))
-    raise CompileError(
-        f"weight format `{name}` is not supported on GPU targets",
-        hint="f32, bf16, q4_0, q4_1, q8_0 and q4_k are; or recompile an unquantised checkpoint with --quant",
-    )
+def _planes(fmt: Format) -> tuple[Plane, ...]:
+    lines = 8 if fmt.bits == 8 else 4
+    codes = [Plane(f"w{j}", 16 * j, 16 * lines) for j in range(lines)]
+    extra = {5: [Plane("h0", 128, 16)], 6: [Plane("h0", 128, 32), Plane("h1", 144, 32)]}
+    return (*codes, *extra.get(fmt.bits, []))
 
 
-READERS = ("f32", "bf16", "q4_0", "q4_1", "q8_0", "q4_k")
+def _single(fmt: Format) -> tuple[str, str, str]:
+    """Where one code lies: its byte, the byte of its upper bits, and how the two make the code."""
+    if fmt.bits == 8:
+        return "half * 512 + {k} // 4 * 64 + {r} * 4 + {k} % 4", "", "code"
+    byte = "half * 256 + {k} // 4 % 4 * 64 + {r} * 4 + {k} % 4"
+    low = "((code >> ({k} // 16 * 4)) & 15)"
+    if fmt.bits == 5:
+        return byte, "512 + half * 64 + {r} * 4 + {k} % 4", low + " | (((extra >> ({k} // 4)) & 1) << 4)"
+    if fmt.bits == 6:
+        upper = "512 + half * 128 + {k} // 16 * 64 + {r} * 4 + {k} % 4"
+        return byte, upper, low + " | (((extra >> ({k} // 4 % 4 * 2)) & 3) << 4)"
+    return byte, "", low
 
 
-def reader(name: str) -> Reader:
+def _scales(fmt: Format) -> tuple[tuple[Scale, ...], tuple[str, ...], str]:
+    """What follows the codes, and the scale of each part and the minimum that they make."""
+    at = 32 * BLOCK_K * fmt.bits // 8
+    if fmt.scale == "f16":
+        d = Scale("d", "tl.float16", at // 2)
+        if fmt.has_min:
+            return (d, Scale("m", "tl.float16", at // 2 + 32)), ("d.to(tl.float32)",), "m.to(tl.float32)"
+        return (d,), ("d.to(tl.float32)",), ""
+    tail = Scale("d", "tl.float16", 0, in_tail=True)
+    if fmt.has_min:
+        sub = Scale("sub_d", "tl.uint8", at), Scale("sub_m", "tl.uint8", at + 32)
+        scale, low = "sub_d.to(tl.float32) * d.to(tl.float32)", "-(sub_m.to(tl.float32) * m.to(tl.float32))"
+        return (*sub, tail, Scale("m", "tl.float16", 32, in_tail=True)), (scale,), low
+    halves = Scale("sub_0", "tl.int8", at), Scale("sub_1", "tl.int8", at + 32)
+    return (*halves, tail), tuple(f"sub_{p}.to(tl.float32) * d.to(tl.float32)" for p in (0, 1)), ""
+
+
+def _integer(fmt: Format) -> Reader:
+    scales, scale, minimum = _scales(fmt)
+    tail = fmt.packed_tail_bytes // WORD
+    return Reader(
+        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _codes(fmt), scales, scale, minimum, fmt.zero,
+        8 if tail else 1, tail, *_single(fmt),
+    )  # fmt: skip
+
+
+_DENSE = {
+    "f32": DenseReader("f32", 32, 1, 32, "tl.float32", "{k} * 32 + {row}"),
+    "bf16": DenseReader("bf16", 32, 2, 32, "tl.bfloat16", "{k} // 2 * 64 + {row} * 2 + {k} % 2"),
+    "f16": DenseReader("f16", 16, 1, 64, "tl.float16", "{k} * 32 + {row}"),
+}
+READERS: dict[str, Reader | DenseReader] = _DENSE | {f.name: _integer(f) for f in FORMATS.values() if not f.dense}
+
+
+def reader(name: str) -> Reader | DenseReader:
     """The reader of a weight format; CompileError names a format that has none."""
-    return _reader(name)
+    if name not in READERS:
+        raise CompileError(
+            f"weight format `{name}` is not supported on GPU targets",
+            hint=f"supported are {', '.join(READERS)}; or recompile an unquantised checkpoint with --quant",
+        )
+    return READERS[name]
+
+
+def tile_words(fmt: Reader | DenseReader, blocks: int) -> int:
+    """Words of one tile of 32 rows by `blocks` times 32 k."""
+    if isinstance(fmt, DenseReader):
+        return blocks * fmt.block_words
+    return blocks // fmt.blocks * fmt.super_words

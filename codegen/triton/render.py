@@ -1,15 +1,14 @@
 """Render the GPU step: one Triton module from a fused and tiled program.
 
-The module reads like a hand-written persistent kernel: a table loop, one branch per distinct body, shapes as
-literals. The same text serves every architecture.
+The module reads like a hand-written persistent kernel: a table loop per row bucket, one branch per distinct
+body, shapes as literals. The same text serves every architecture.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ... import __version__
@@ -34,29 +33,42 @@ from ...ir.sampling import EXP2
 from ...ir.schedule import Schedule, padded, unit_rows
 from ...ir.table import ARGS, FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
 from ...ir.types import OUTPUTS, Value
-from ..rendering import Bodies, render_bodies, template
+from ..rendering import Bodies, BodyText, render_bodies, template
 from . import emit
-from .formats import Reader, reader
+from .formats import PANEL_WORDS, reader
+from .linear import TEMPLATES, Matrix, linear_text
+from .rows import PANEL_TYPES, RowEmitter
 
-TEMPLATES = Path(__file__).parent / "templates"
 WORD = 4
 EVENT_STRIDE = 32  # words: an event has a 128-byte line of its own
 EVENTS = 64  # words before the events: the epoch, and the fault record at FAULT
 FAULT = 8
 SPIN_POLLS, FAULT_POLLS = 1 << 12, 1 << 26  # polls before a worker looks for a fault, and before it reports one
-CHUNK_WORDS = 4096  # words of weights a CTA has in flight: 16 KiB
-PANEL_TYPES = {"q8": "tl.float16", "bf16": "tl.bfloat16", "f32": "tl.float32"}
 EMPTY = -1e30
+ATTEND_STAGES = 2  # tiles of the cache in flight
+SAMPLE_CHUNK = 2048  # logits at a time
 
 
 @dataclass(frozen=True)
 class Source:
-    """The generated module, the bodies each bucket's tasks run, and what a launcher must know."""
+    """The generated module, the bodies each bucket's tasks run, and what a launcher must know.
+
+    The module has one kernel per bucket, `step_few` and `step_many`.
+    """
 
     text: str
     bodies: Bodies
     kv_names: tuple[str, ...]
     control_words: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A branch of the table loop."""
+
+    test: str
+    title: str
+    call: str
 
 
 class Renderer:
@@ -71,20 +83,64 @@ class Renderer:
         fields = state_fields(self.limits, self.vocab, len(self.groups))
         self.state = {f.name: f.offset // WORD for f in fields}
         self.kv_names = tuple(f"kv{i}" for i in range(len(self.groups)))
+        self.places: dict[str, int] = {}  # where every linear body has its common arguments
 
     def render(self) -> Source:
         listed, bodies = render_bodies(self.schedules, self._body, "#")
+        matrices = self._matrices(listed, bodies)
+        formats = tuple(dict.fromkeys(m.format for m in matrices))
+        common = self._common({}) | {"common": self.places}
+        linear = [linear_text(name, b, matrices, common) for b in self.schedules for name in formats]
         text = template(TEMPLATES, "step.py.j2").render(
             program=self.program,
             version=__version__,
             sync=self._sync(),
-            bodies=listed,
+            functions=[*(body.text for body in listed), *linear],
+            buckets={b: self._cases(b, listed, matrices) for b in self.schedules},
             kv_names=", ".join(self.kv_names),
+            fault=FAULT,
             record_words=RECORD_WORDS,
             word={name: i for i, name in enumerate(FIELDS)},
         )
         ast.parse(text)
         return Source(text, bodies, self.kv_names, EVENTS + EVENT_STRIDE * self.events)
+
+    def _matrices(self, listed: Sequence[BodyText], bodies: Bodies) -> tuple[Matrix, ...]:
+        """The bodies that are matrices, by number."""
+        titles, found = {body.code: body.title for body in listed}, {}
+        for (graph_name, phase_name, name), body in next(iter(bodies.values())).items():
+            graph = next(g for g in self.program.graphs if g.name == graph_name)
+            phase = next(p for p in graph.phases if p.name == phase_name)
+            if phase.anchor_kind != "linear" or name.startswith("pack."):
+                continue
+            anchor = part_of(phase, name)[0]
+            outputs = anchor.out.tensor.shape[0] == OUTPUTS
+            dtype = anchor.operands[1].tensor.dtype
+            found[body.code] = Matrix(body.code, titles[body.code], dtype, phase.layout == "heads", outputs)
+        return tuple(found.values())
+
+    def _cases(self, bucket: str, listed: Sequence[BodyText], matrices: Sequence[Matrix]) -> list[Case]:
+        """The branches of a bucket's table loop: one per body, one per format for all its matrices."""
+        where = f"workspace, weights, state, {', '.join(self.kv_names)}"
+        codes = {m.code for m in matrices}
+        cases = []
+        for body in listed:
+            if body.code not in codes:
+                last = ", control" if body.title.endswith(".commit") else ""
+                call = f"body_{body.code}(record, first, last, stride, {where}{last})"
+                cases.append(Case(f"body == {body.code}", body.title, call))
+        for name in dict.fromkeys(m.format for m in matrices):
+            mine = [m for m in matrices if m.format == name]
+            test = " | ".join(f"(body == {m.code})" for m in mine)
+            call = f"{bucket}_linear_{name}(body, record, first, last, {where})"
+            cases.append(Case(test, ", ".join(m.title for m in mine), call))
+        return cases
+
+    def _common(self, numbers: dict[str, int]) -> dict[str, Any]:
+        return {
+            "code": "CODE", "title": "TITLE", "args": numbers, "args_word": ARGS, "align_words": ALIGN // WORD,
+            "kv_names": ", ".join(self.kv_names), "layer_word": FIELDS.index("layer"), **self.state,
+        }  # fmt: skip
 
     def _sync(self) -> str:
         text = template(TEMPLATES, "sync.py.j2").render(
@@ -95,6 +151,7 @@ class Renderer:
             fault_polls=FAULT_POLLS,
             align_words=ALIGN // WORD,
             prefetch_lines=128,
+            panel_words=PANEL_WORDS,
         )
         constants = [f"{name.upper()} = tl.constexpr({offset})" for name, offset in self.state.items()]
         return "\n".join(constants) + "\n\n\n" + text + "\n\n" + self._group_functions()
@@ -118,21 +175,18 @@ class Renderer:
 
     def _body(self, graph: Graph, phase: Phase, name: str, args: Args) -> str:
         numbers = {key: i for i, key in enumerate(args)}
-        common: dict[str, Any] = {
-            "code": "CODE", "title": "TITLE", "args": numbers, "args_word": ARGS, "align_words": ALIGN // WORD,
-            "kv_names": ", ".join(self.kv_names), "layer_word": FIELDS.index("layer"), **self.state,
-        }  # fmt: skip
+        common = self._common(numbers)
         if name.startswith("pack."):
             return self._pack(graph, phase, name, numbers, common)
         match phase.anchor_kind:
             case "linear":
-                return self._linear(graph, phase, part_of(phase, name), numbers, common)
+                return self._finish(graph, phase, part_of(phase, name), numbers, common)
             case "rows":
                 return self._rows(graph, phase, numbers, common)
             case "attend":
                 return self._attend(phase, common)
             case "sample":
-                return self._sample(phase, common)
+                return self._sample(common)
             case _:
                 return self._commit(common)
 
@@ -142,27 +196,12 @@ class Renderer:
     def _pack(
         self, graph: Graph, phase: Phase, name: str, numbers: dict[str, int], common: dict[str, Any]
     ) -> str:
-        x = phase.anchor[0].operands[0]
-        kind = name.removeprefix("pack.")
-        pitch, width = padded(x.tensor.width), x.tensor.width
+        x, kind = phase.anchor[0].operands[0], name.removeprefix("pack.")
         source = graph.producer(x)
+        attended = source if isinstance(source, Attend) and not phase.prologue else None
+        emitter = RowEmitter(phase.prologue, attended, numbers)
+        emitter.panel(x, kind)
         pointers = [n for n in numbers if n not in ("panel", "splits", "window")]
-        if isinstance(source, Attend) and not phase.prologue:
-            store = f"tl.store(panel + row * {pitch} + {{at}}, ({{value}}).to({PANEL_TYPES[kind]}), mask={{mask}})"
-            floats = partial_floats(source.kv.cache.head_dim)
-            lines = emit.combine(source, numbers, floats, SPLIT_TOKENS, store)
-        else:
-            emitter = emit.RowEmitter(lambda value: "row.to(tl.int64)")
-            for op in phase.prologue:
-                emitter.emit(op)
-            tile, index = emitter.operand(x), f"tl.arange(0, {emit.lanes(width)})"
-            at = f"panel + row * {pitch} + {index}"
-            lines = [*emitter.lines, f"tl.store({at}, {tile}.to({PANEL_TYPES[kind]}), mask={index} < {width})"]
-        if pitch > width:  # weights are padded with zeros, and zero times what lies here must be zero
-            lines += [
-                f"pad = {width} + tl.arange(0, 32)",
-                f"tl.store(panel + row * {pitch} + pad, tl.zeros((32,), {PANEL_TYPES[kind]}), mask=pad < {pitch})",
-            ]
         return str(
             template(TEMPLATES, "pack.py.j2").render(
                 **common,
@@ -170,44 +209,38 @@ class Renderer:
                 row_count=self._row_count(x),
                 panel_type=PANEL_TYPES[kind],
                 pointers=[emit.declare(n, numbers[n], ALIGN // WORD) for n in pointers],
-                statements=lines,
+                statements=emitter.lines,
             )
         )
 
-    def _linear(
+    def _finish(
         self, graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str, int], common: dict[str, Any]
     ) -> str:
+        """The epilogue of a matrix; linear.py makes what comes before it."""
         ops, kept = part_epilogue(phase, part), stored(graph, phase)
-        weight = part[0].operands[1].tensor
-        fmt, k_padded = reader(weight.dtype), padded(weight.width)
-        width = unit_rows(phase, part)
-        pointers = [n for n in numbers if n not in ("weight", "panel", "group", "maxima")]
+        names = ("weight", "panel", "blocks", "tiles", "unit")
+        self.places |= {n: numbers[n] for n in names if n in numbers}
+        expect(
+            all(numbers.get(n, at) == at for n, at in self.places.items()),
+            f"phase `{phase.name}`: a matrix has its common arguments elsewhere than the others",
+        )
+        fmt = part[0].operands[1].tensor.dtype
+        reader(fmt)  # refuses what has none
         if phase.layout == "heads":
-            lines = emit.head_epilogue(phase, part, ops, kept, width, self._append(part, ops, numbers))
+            lines = emit.head_epilogue(phase, part, ops, kept, self._append(part, ops, numbers))
         else:
             lines = emit.tile_epilogue(phase, part, ops, kept)
-        chunk_blocks = max(1, CHUNK_WORDS // (32 * fmt.lines))
-        chunk_blocks = min(chunk_blocks, max(-(-16 // fmt.lines), emit.lanes(k_padded // fmt.block_k)))
-        kind = "bf16" if weight.dtype == "bf16" else "f32" if weight.dtype in ("f32", "f16") else "q8"
+        pointers = [n for n in numbers if n not in (*names, "group", "maxima")]
         return str(
-            template(TEMPLATES, "linear.py.j2").render(
+            template(TEMPLATES, "finish.py.j2").render(
                 **common,
                 ops=[str(op) for op in (*part, *ops)],
-                fmt=fmt,
-                values=[(at, _weight(value, fmt)) for at, value in fmt.values],
-                scale=fmt.scale.replace("row)", "row2)"),
-                minimum=fmt.minimum.replace("row)", "row2)"),
-                k_padded=k_padded,
-                k_blocks=k_padded // fmt.block_k,
-                chunk_blocks=chunk_blocks,
-                chunk_lines=chunk_blocks * fmt.lines,
-                tiles=width // 32,
-                tile_words=fmt.tile_words(k_padded),
-                width=width,
-                head_lanes=emit.lanes(phase.unit),
+                fmt_name=fmt,
                 layout=phase.layout,
-                panel_type=PANEL_TYPES[kind],
-                row_count=self._row_count(part[0].out),
+                width=unit_rows(phase, part),
+                head=phase.unit,
+                head_lanes=emit.lanes(phase.unit),
+                outputs=part[0].out.tensor.shape[0] == OUTPUTS,
                 pointers=[emit.declare(n, numbers[n], ALIGN // WORD) for n in pointers],
                 statements=lines,
             )
@@ -226,11 +259,10 @@ class Renderer:
 
     def _rows(self, graph: Graph, phase: Phase, numbers: dict[str, int], common: dict[str, Any]) -> str:
         kept = stored(graph, phase)
-        emitter = emit.RowEmitter(lambda value: "row.to(tl.int64)")
+        emitter = RowEmitter(phase.ops)
         for op in phase.ops:
-            emitter.emit(op)
             if op.out.name in kept:
-                emitter.store(op, emit.ident("out." + op.out.name), emit.stride(op.out))
+                emitter.store(op)
         return str(
             template(TEMPLATES, "rows.py.j2").render(
                 **common,
@@ -251,6 +283,7 @@ class Renderer:
             template(TEMPLATES, "attend.py.j2").render(
                 **common,
                 ops=[str(op)],
+                stages=ATTEND_STAGES,
                 kv_dtype=self.limits.kv_dtype,
                 heads=op.q.tensor.width // cache.head_dim,
                 kv_heads=cache.kv_heads,
@@ -275,14 +308,15 @@ class Renderer:
             )
         )
 
-    def _sample(self, phase: Phase, common: dict[str, Any]) -> str:
+    def _sample(self, common: dict[str, Any]) -> str:
         return str(
             template(TEMPLATES, "sample.py.j2").render(
                 **common,
                 vocab=self.vocab,
                 stride=padded(self.vocab),
                 seen_words=-(-self.vocab // 32),
-                chunk=min(4096, max(32, emit.lanes(self.vocab))),
+                weights_at=padded(self.vocab, 4),
+                chunk=min(SAMPLE_CHUNK, max(32, emit.lanes(self.vocab))),
                 exp2=[repr(float(c)) for c in EXP2],
             )
         )
@@ -300,19 +334,12 @@ class Renderer:
         )
 
 
-def _weight(value: str, fmt: Reader) -> str:
-    """The float32 tile of one value of every word."""
-    if not fmt.scale:
-        return value
-    return f"({value}).to(tl.float32) * scale" + (" + minimum" if fmt.minimum else "")
-
-
 def kv_element(limits: Limits) -> int:
     """Bytes of one element of the KV cache."""
     return {"bf16": 2, "f32": 4}[limits.kv_dtype]
 
 
 def render_kernel(schedules: Mapping[str, Schedule]) -> Source:
-    """The kernel of one program; `schedules` holds one schedule per bucket."""
+    """The kernels of one program; `schedules` holds one schedule per bucket."""
     expect(schedules, "expected a schedule per bucket")
     return Renderer(schedules).render()
