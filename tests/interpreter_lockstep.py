@@ -26,8 +26,8 @@ from onelaunch.ir.types import OUTPUTS, Value
 from onelaunch.ir.vm import VirtualMachine
 from onelaunch.models.importer import Imported
 
-PANEL_TYPES = {"q8": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
-WRITTEN = ("panel", "unit", "out")  # arguments in whose buffers a body writes, besides `out.VALUE`
+PANEL_TYPES = {"bf16": ml_dtypes.bfloat16, "f32": np.float32}
+WRITTEN = ("panel", "unit", "scratch", "out")  # arguments in whose buffers a body writes, besides `out.VALUE`
 LN2 = math.log(2.0)
 
 
@@ -164,11 +164,14 @@ class Lockstep:
         x, kind = phase.anchor[0].operands[0], body.removeprefix("pack.")
         n, width, pitch = self._count(x), x.tensor.width, padded(x.tensor.width)
         start, size = self._offset(graph, arg.name), panel_row_bytes(kind, width)
-        raw = self.step.workspace.view(np.uint8)[start:].view(PANEL_TYPES[kind])[: n * pitch].reshape(n, pitch)
-        got = torch.from_numpy(raw.astype(np.float32))
+        memory = self.step.workspace.view(np.uint8)[start:]
+        if kind == "q8":
+            got = _quantised(memory[: n * pitch // 32 * 48].reshape(n, pitch // 32, 48))
+        else:
+            got = memory.view(PANEL_TYPES[kind])[: n * pitch].reshape(n, pitch).astype(np.float32)
         wanted = self.machine.space.panel(start, size, n, width)
-        self.machine.space.put_panel(start, size, range(n), got[:, :width])
-        return _error(got.numpy(), torch.nn.functional.pad(wanted, (0, pitch - width)).numpy())
+        self.machine.space.put_panel(start, size, range(n), torch.from_numpy(got[:, :width]))
+        return _error(got, torch.nn.functional.pad(wanted, (0, pitch - width)).numpy())
 
     def _partials(self, graph: Graph, phase: Phase, numbers: dict[str, int]) -> float:
         """Maximum (the kernel's in base 2), sum and outputs of every live split."""
@@ -225,3 +228,13 @@ def _error(got: np.ndarray, wanted: np.ndarray) -> float:
         return math.inf
     got, wanted = np.nan_to_num(got), np.nan_to_num(wanted)
     return float((np.abs(got - wanted).max(-1) / np.maximum(np.abs(wanted).max(-1), 1e-20)).max())
+
+
+def _quantised(blocks: np.ndarray) -> np.ndarray:
+    """Values of int8 panel rows [n, blocks, 48 bytes]: 32 codes, a float32 scale, what follows from these."""
+    codes = blocks[..., :32].view(np.int8).astype(np.int32)
+    scale = blocks[..., 32:36].copy().view(np.float32)
+    halves = blocks[..., 36:44].copy().view(np.int32)
+    assert (halves == codes.reshape(*codes.shape[:2], 2, 16).sum(-1)).all()
+    assert (blocks[..., 44:48].copy().view(np.float32) == scale * halves.sum(-1, keepdims=True).astype(np.float32)).all()
+    return (codes * scale).astype(np.float32).reshape(len(blocks), -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -76,10 +77,12 @@ def _stored(fmt: Format, values: np.ndarray, random: np.random.Generator) -> np.
     if fmt.name in ("q4_0", "q8_0"):
         return quantize(fmt, values)
     raw = random.integers(0, 256, (n, fmt.row_bytes(k)), np.uint8)
-    records = raw.view(fmt.record)
-    step = values.std() / (4.6 * (1 if fmt.scale == "f16" else 32))  # 16 equal steps deviate by 4.6, scales are 32
+    records, levels = raw.view(fmt.record), 1 << fmt.bits
+    scale = {"f16": 1, "super": 32 if fmt.has_min else 74}[fmt.scale]  # of uniform bytes: mean of 6 bits, rms of int8
+    step = values.std() * math.sqrt(12) / (levels * scale)
     records["d"] = step * random.uniform(0.8, 1.2, records.shape)
-    records["m"] = 7.5 * step * (-1 if fmt.scale == "f16" else 1)
+    if fmt.has_min:
+        records["m"] = (levels - 1) / 2 * step * (-1 if fmt.scale == "f16" else 1)
     return raw
 
 
@@ -113,7 +116,7 @@ class InterpretedStep:
         self.schedules = broken or schedules(program, limits, workers)
         self.weights = ReferenceWeights(imported, program)
         self.source: Source = render_kernel(self.schedules)
-        self.kernel = load_interpreted(edit(self.source.text)).step
+        self.module = load_interpreted(edit(self.source.text))
         packed = packed_weights(program)
         plan = weight_plan(packed)
         self.packed = np.concatenate([pack_one(w, imported) for w in packed])
@@ -168,7 +171,8 @@ class InterpretedStep:
             arguments[name] = torch.from_numpy(kv).view(kv_type)
         arguments["records"] = table.shape[1]
         fresh = ("workspace",) if whole else ()
-        launch(self.kernel, arguments, len(table), seed, constant=("table", "weights"), fresh=fresh)
+        kernel = getattr(self.module, f"step_{bucket}")
+        launch(kernel, arguments, len(table), seed, constant=("table", "weights"), fresh=fresh)
 
     def generate(self, prompt: list[int], count: int, first_seed: int = 0) -> list[int]:
         """Greedy tokens of slot 0 from its start."""

@@ -16,7 +16,6 @@ from interpreter_lockstep import Lockstep
 from interpreter_step import random_model, start_slot
 
 from onelaunch.codegen.triton.formats import READERS
-from onelaunch.ir.formats import FORMATS
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import INVALID, LENGTH, STOPPED, Slot
 from onelaunch.ir.sampling import Sampling
@@ -26,27 +25,26 @@ LIMITS = Limits(rows=8, slots=2, context=384, outputs=4, few_rows=4, kv_dtype="f
 FEW, MANY = [(5, 1, 300), (7, 0, 13), (9, 1, 301)], [(i, i % 2, 62 * i + i % 2) for i in range(6)]
 STEPS = {"one row": FEW[:1], "few rows": FEW, "many rows": MANY}
 FAMILIES = {"llama": "q8_0", "qwen2": "q4_0", "qwen3": "bf16", "gemma3": "f32"}
-# Largest difference over the largest value of the row. Panels of quantised matrices are float16 (half a unit in the
-# last place is 2^-11), tensor cores take those weights as float16 too; bf16 panels and caches round at 2^-9.
-EXACT, HALF, BRAIN = 5e-6, 1e-3, 6e-3
-ATTEND = {"f32": 2e-5, "bf16": 0.0}
+# Largest difference over the largest value of the row. Panels of integer formats are int8 per 32 values (half a step
+# is 1 / 254 of the largest), their products exact; bf16 rounds panels and caches at 2^-9, and the weights of
+# attention, whose outputs may be smaller than what they are sums of.
+EXACT, INT8, BRAIN, ATTEND = 5e-6, 4e-3, 4e-3, 8e-3
 
 
-def allowed(kind: str, fmt: str, rows: int, kv_dtype: str) -> float:
-    quantised = not FORMATS[fmt].dense
+def allowed(kind: str, kv_dtype: str) -> float:
     match kind:
         case "pack.q8":
-            return HALF
+            return INT8
         case "pack.bf16":
             return BRAIN
-        case "attend" | "append" if kv_dtype == "bf16":
+        case "append" if kv_dtype == "bf16":
             return BRAIN
-        case "plain" | "pairs" | "heads" | "append" if quantised and rows > 1:
-            return HALF
+        case "attend" if kv_dtype == "bf16":
+            return ATTEND
     return EXACT
 
 
-def check(pair: Lockstep, fmt: str, rows: list[tuple[int, int, int]]) -> set[str]:
+def check(pair: Lockstep, rows: list[tuple[int, int, int]]) -> set[str]:
     """Run the step of these rows up to its logits; the kinds of bodies that were compared."""
     pair.set_rows(rows, [len(rows) - 1])
     kinds = set()
@@ -55,7 +53,7 @@ def check(pair: Lockstep, fmt: str, rows: list[tuple[int, int, int]]) -> set[str
             continue
         pair.run_both(number)
         for found in pair.compare(number):
-            assert found.error <= allowed(found.kind, fmt, len(rows), pair.limits.kv_dtype), found
+            assert found.error <= allowed(found.kind, pair.limits.kv_dtype), found
             kinds.add(found.kind)
     return kinds
 
@@ -66,14 +64,14 @@ def test_bodies_of_every_family_are_the_reference(family):
     pair = Lockstep(random_model(family, fmt), LIMITS)
     panel = {"q8_0": "q8", "q4_0": "q8"}.get(fmt, fmt)
     for rows in STEPS.values():
-        assert check(pair, fmt, rows) == {"rows", f"pack.{panel}", "heads", "append", "attend", "plain", "pairs"}
+        assert check(pair, rows) == {"rows", f"pack.{panel}", "heads", "append", "attend", "plain", "pairs"}
 
 
 @pytest.mark.parametrize("fmt", READERS)
 def test_matrices_of_every_format_are_the_reference(fmt):
     pair = Lockstep(random_model("llama", fmt, 1, layers=1), replace(LIMITS, kv_dtype="bf16"))
     for name in ("one row", "many rows"):
-        check(pair, fmt, STEPS[name])
+        check(pair, STEPS[name])
 
 
 @pytest.mark.parametrize(("family", "kv_dtype"), product(("llama", "gemma3"), ("f32", "bf16")))
@@ -82,7 +80,7 @@ def test_attention_with_a_softcap(family, kv_dtype):
     sizes = {"layers": 2, "hidden": 96, "heads": 6, "kv_heads": 2, "head_dim": 24, "vocab": 40}
     pair = Lockstep(random_model(family, "f32", 2, softcap=3.0, **sizes), replace(LIMITS, kv_dtype=kv_dtype))
     for rows in STEPS.values():
-        check(pair, "f32", rows)
+        check(pair, rows)
 
 
 # ---- sampling and commit ------------------------------------------------------------------------
