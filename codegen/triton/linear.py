@@ -87,6 +87,7 @@ def _core(fmt: Reader | DenseReader, strategy: str) -> str:
             "groups": DENSE_GROUPS,
             "held": ", ".join(f"w{i}" for i in range(DENSE_GROUPS)),
             # Words of two rows have a sum for each.
-            "halves": ["a", "b"] if fmt.name == "f16" else ["a"],
+            "halves": (halves := ["a", "b"] if fmt.name == "f16" else ["a"]),
+            "sums": [", ".join(f"sums{p}_{half}" for half in halves) for p in range(4)],
         }
     return str(template(TEMPLATES, f"{strategy}{'_dense' if dense else ''}.py.j2").render(**values))
