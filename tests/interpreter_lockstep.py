@@ -236,5 +236,7 @@ def _quantised(blocks: np.ndarray) -> np.ndarray:
     scale = blocks[..., 32:36].copy().view(np.float32)
     halves = blocks[..., 36:44].copy().view(np.int32)
     assert (halves == codes.reshape(*codes.shape[:2], 2, 16).sum(-1)).all()
-    assert (blocks[..., 44:48].copy().view(np.float32) == scale * halves.sum(-1, keepdims=True).astype(np.float32)).all()
+    assert (
+        blocks[..., 44:48].copy().view(np.float32) == scale * halves.sum(-1, keepdims=True).astype(np.float32)
+    ).all()
     return (codes * scale).astype(np.float32).reshape(len(blocks), -1)

@@ -17,6 +17,7 @@ import pytest
 from interpreter_memory import Fault
 from interpreter_step import InterpretedStep, fused, random_model, schedules, set_rows, start_slot
 
+from onelaunch.compiler.rounding import rounded_program
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import ReferenceModel, RowBatch, Slot
 from onelaunch.ir.sampling import Sampling
@@ -24,22 +25,23 @@ from onelaunch.ir.sampling import Sampling
 WORKERS = 4
 LIMITS = {"rows": 16, "slots": 2, "context": 384, "outputs": 4, "few_rows": 4}
 PROMPT = [5, 17, 100, 33, 8, 91, 4, 50, 77, 12, 101, 60]  # twelve rows: the first step takes the `many` bucket
-# family, format, cache, largest error of logits: float16 panels, bf16 panels and caches, or neither
+# family, format, cache, largest error of logits. The reference rounds what matrices read, as the kernel does: apart
+# from the order of sums there remain an int8 code that falls to the other side, and what attention rounds to bf16.
 CASES = {
     "llama q8_0": ("llama", "q8_0", "f32", 5e-3),
     "qwen2 f32": ("qwen2", "f32", "f32", 1e-4),
-    "qwen3 bf16": ("qwen3", "bf16", "bf16", 5e-2),
-    "gemma3 q4_0": ("gemma3", "q4_0", "bf16", 5e-2),
+    "qwen3 bf16": ("qwen3", "bf16", "bf16", 3e-2),
+    "gemma3 q4_0": ("gemma3", "q4_0", "f32", 5e-3),
 }
 
 
 class Pair:
-    """The generated step and the reference model, given the same requests and steps."""
+    """The generated step and the reference model that rounds alike, given the same requests and steps."""
 
     def __init__(self, step: InterpretedStep, tolerance: float) -> None:
         self.step, self.tolerance, limits = step, tolerance, step.limits
         bf16 = limits.kv_dtype == "bf16"
-        program = step.imported.program
+        program = rounded_program(step.imported.program, step.weights.formats, bf16=True)
         self.reference = ReferenceModel(program, step.weights, limits.slots, limits.context, bf16)
 
     def start(self, slot: int, prompt: list[int], sampling: Sampling) -> list[tuple[int, int, int]]:
