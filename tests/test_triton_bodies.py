@@ -133,6 +133,17 @@ def test_every_sampler_draws_the_references_token(sampler, seed):
     assert sampler.step.state.n_rows[0] == len(SAMPLERS)
 
 
+def test_filters_cut_exactly_between_equal_tokens(sampler):
+    """Four tokens of equal weight: half of it is the first two, and top_k 3 the first three."""
+    logits = np.full((8, VOCAB), -100, np.float32)
+    logits[:, [7, 100, 4100, 4150]] = 1
+    half = [Slot(Sampling(temperature=1.0, top_p=0.5, seed=seed)) for seed in range(5)]
+    three = [Slot(Sampling(temperature=1.0, top_k=3, seed=seed)) for seed in range(3)]
+    tokens = end_of_step(sampler, logits, half + three).tolist()
+    assert set(tokens[:5]) == {7, 100}
+    assert set(tokens[5:]) <= {7, 100, 4100}
+
+
 def test_ties_go_to_the_lower_index_and_damaged_logits_end_the_slot(sampler):
     logits = np.zeros((8, VOCAB), np.float32)
     logits[0, [4100, 70, 4150]] = 2
