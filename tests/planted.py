@@ -166,3 +166,9 @@ def relaxed_wait(text: str) -> str:
 def no_barrier_after_wait(text: str) -> str:
     """One thread has waited; the others go on at once."""
     return _function(text, "wait", "            tl.debug_barrier()\n")
+
+
+@_fault("source", EMULATOR)
+def no_barrier_before_heads(text: str) -> str:
+    """The epilogue of whole heads reads a unit's memory that other threads are still writing."""
+    return _without(text, "[:, None], y)\n            tl.debug_barrier()\n", "[:, None], y)\n")

@@ -173,3 +173,11 @@ def test_faults_of_a_schedule_are_noticed(broken, name, seed):
 @pytest.mark.parametrize(("name", "seed"), product(names("source"), range(2)))
 def test_faults_of_memory_order_are_noticed(broken, name, seed):
     assert broken.noticed(broken.made(edit=planted.FAULTS[name].apply), seed) == "Race"
+
+
+def test_barriers_are_invisible_here(broken):
+    """So that nobody takes this rung for more than it is: their faults are the emulator's and the lint's."""
+    for fault in planted.FAULTS.values():
+        if planted.GRID not in fault.seen_by:
+            assert fault.kind == "source"
+            assert broken.noticed(broken.made(edit=fault.apply), 0) == ""
