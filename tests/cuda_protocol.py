@@ -110,8 +110,8 @@ def test_not_a_number_logits_clear_whole_pages_and_leave_others(fake: Fake, root
         fake.log()
         with pytest.raises(VerifyError, match="not-a-number"):
             model.generate([NAN], max_new_tokens=20)
-        sizes = [int(line.split()[2]) for line in fake.log() if line.startswith("cuMemsetD8Async")]
-        assert sizes == [2 * 2 * 256, 3 * 1 * 320]
+        cleared = [line.split()[1:] for line in fake.log() if line.startswith("cuMemsetD2D8Async")]
+        assert [[int(x) for x in sizes] for sizes in cleared] == [[4 * 256, 0, 256, 2 * 2], [4 * 320, 0, 320, 3 * 1]]
         for _ in other:
             pass
         assert other.result.tokens == answer([1, 2], 60)

@@ -17,7 +17,7 @@ import torch
 from interpreter_step import InterpretedStep, set_rows
 
 from onelaunch.ir.graph import Graph
-from onelaunch.ir.limits import PAGE_TOKENS, PARTIAL_HEADER, Limits, partial_floats
+from onelaunch.ir.limits import PAGE_RUN, PAGE_TOKENS, PARTIAL_HEADER, Limits, partial_floats
 from onelaunch.ir.ops import Append, Attend
 from onelaunch.ir.phases import Phase
 from onelaunch.ir.schedule import padded, panel_row_bytes
@@ -53,7 +53,8 @@ class Lockstep:
             for half, pool in (("k", cache.keys), ("v", cache.values)):
                 values = torch.randn(pool.shape, generator=random)
                 pool.copy_(values.bfloat16().float() if cache.bf16 else values)
-                self._cache_tiles(group)[..., self._places(group, half)] = pool.permute(1, 0, 3, 2, 4).numpy()
+                for page in range(pool.shape[1]):
+                    self._tile(group, page)[..., self._places(group, half)] = pool[:, page].transpose(1, 2).numpy()
 
     def set_rows(self, rows: list[tuple[int, int, int]], outputs: list[int]) -> None:
         """Begin a step: its rows, (token, slot, position) each, and which want logits; no value is left of the last."""
@@ -191,12 +192,13 @@ class Lockstep:
         made = {body} | {op.out.name for a in phase.anchor if a.out.name == body for op in phase.epilogue_of(a)}
         return "k" if append.k.name in made else "v"
 
-    def _cache_tiles(self, group: int) -> np.ndarray:
-        """The kernel's pool, [pages, layers, kv heads, elements of a tile]."""
+    def _tile(self, group: int, page: int) -> np.ndarray:
+        """A page's tiles in the kernel's pool: a view [layers, kv heads, elements]."""
         kind, layers = self.step.groups[group].type, len(self.step.groups[group].layers)
         pool = self.step.kv[group].view(ml_dtypes.bfloat16 if self.limits.kv_dtype == "bf16" else np.float32)
-        tiles = pool.reshape(-1, layers, kind.kv_heads, 2 * PAGE_TOKENS * padded(kind.head_dim, 16))
-        return tiles[: self.machine.caches[group].keys.shape[1]]
+        size = 2 * PAGE_TOKENS * padded(kind.head_dim, 16)
+        runs = pool.reshape(-1, layers, kind.kv_heads, PAGE_RUN, size)
+        return runs[page // PAGE_RUN, :, :, page % PAGE_RUN]
 
     def _places(self, group: int, half: str) -> np.ndarray:
         """Where a tile of 64 tokens holds element d of token t, [t, d].
@@ -215,8 +217,9 @@ class Lockstep:
         """The whole layer's keys or values: what is there already must stay."""
         cache = self.machine.caches[group]
         wanted = (cache.keys if half == "k" else cache.values)[layer]
-        got = self._cache_tiles(group)[:, layer][..., self._places(group, half)].astype(np.float32)
-        got = got.transpose(0, 2, 1, 3)
+        places = self._places(group, half)
+        tiles = [self._tile(group, page)[layer][..., places] for page in range(len(wanted))]
+        got = np.stack(tiles).astype(np.float32).transpose(0, 2, 1, 3)
         error = _error(got.reshape(-1, got.shape[-1]), wanted.reshape(-1, got.shape[-1]).numpy())
         wanted.copy_(torch.from_numpy(got))
         return error

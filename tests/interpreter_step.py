@@ -18,7 +18,7 @@ from onelaunch.compiler.verify import ReferenceWeights
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.formats import FORMATS, Format, quantize
 from onelaunch.ir.graph import Graph, Program
-from onelaunch.ir.limits import Limits, kv_tile_bytes, state_fields
+from onelaunch.ir.limits import Limits, kv_pool_bytes, kv_tile_bytes, state_fields
 from onelaunch.ir.ops import Attend
 from onelaunch.ir.reference import Slot
 from onelaunch.ir.schedule import BUCKETS, Schedule
@@ -129,8 +129,8 @@ class InterpretedStep:
         self.reset()
 
     def _kv_bytes(self, group: CacheGroup) -> int:
-        pages = self.limits.slots * self.limits.pages
-        return pages * len(group.layers) * group.type.kv_heads * kv_tile_bytes(group.type.head_dim, self.limits)
+        page = len(group.layers) * group.type.kv_heads * kv_tile_bytes(group.type.head_dim, self.limits)
+        return kv_pool_bytes(self.limits.slots * self.limits.pages, page)
 
     def reset(self) -> None:
         """Memory as a long-running process has it: a cache full of another sequence's values, pages out of order."""
