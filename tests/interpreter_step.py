@@ -101,7 +101,11 @@ def schedules(program: Program, limits: Limits, workers: int) -> dict[str, Sched
 
 
 class InterpretedStep:
-    """The generated step of one model. `faults` change its schedules, tables or text before anything runs."""
+    """The generated step of one model and its memory, as a host sees them.
+
+    To plant faults: `broken` schedules in place of the compiler's, an `edit` of the generated text; `tables` may be
+    replaced afterwards.
+    """
 
     def __init__(
         self,
