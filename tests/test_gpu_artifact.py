@@ -147,7 +147,9 @@ def test_spills_are_reported_not_refused() -> None:
     assert list(misfits(fake_kernel(90, "step", spills=500, stack=64), machine_for("h100"))) == []
 
 
-def test_a_format_without_a_reader_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_without_a_reader_is_refused_by_name(
+    gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu_module, "READERS", ("f32", "q4_0"))
     program = tiny.tiny("llama", "q6_k").program
     gpus = parse_targets("sm_80,sm_90").gpus
@@ -155,6 +157,9 @@ def test_a_format_without_a_reader_is_refused_by_name(monkeypatch: pytest.Monkey
         refuse_formats(program, gpus)
     refuse_formats(program, ())
     refuse_formats(tiny.tiny("llama", "q4_0").program, gpus)
+    request = Request(gpu_artifact[0], tmp_path / "a.ola", "sm_90,cpu", Limits(**small.GPU_LIMITS), quant="int8")
+    with pytest.raises(CompileError, match=r"sm_90: expected weights in f32, q4_0, got `q8_0`"):
+        compile_imported(unreadable(gpu_artifact[0]), request)
 
 
 def test_the_kernel_does_not_depend_on_the_process_that_made_it(
