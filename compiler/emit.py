@@ -184,7 +184,7 @@ class Emission:
             "hyper": {k: v for k, v in checkpoint.hyper.items() if isinstance(v, plain)},
             "quant": self.quant,
             "weights_packed": pack,
-            "numerics": f"{self._activations()}, float32 sums in a fixed order",
+            "numerics": "int8 activations per 32, float32 sums in a fixed order",
             "targets": targets,
             "certificates": {
                 key: {
@@ -194,10 +194,3 @@ class Emission:
                 for key, (count, _) in self._tables(code).items()
             },
         }
-
-    def _activations(self) -> str:
-        """How the operands of quantised matrices are rounded."""
-        native, gpu = "int8 activations per 32", "float16 activations"
-        if not self.targets.gpus:
-            return native
-        return f"{native} on processors, {gpu} on GPUs" if self.targets.levels else gpu

@@ -79,7 +79,7 @@ def compile_bucket(gpu: GpuTarget, bucket: str, source: Source, limits: Limits) 
     CompileError: it does not compile, or a machine of the target cannot hold it.
     """
     start = time.perf_counter()
-    kernel = compile_apart(source.text, limits, source.kv_names, gpu.number, f"step_{bucket}")
+    kernel = compile_apart(source.text, limits, source.kv_names, gpu.number, bucket)
     reasons = [f"{gpu.arch}: {kernel.entry}: {r}" for machine in gpu.machines for r in misfits(kernel, machine)]
     if reasons:
         raise CompileError(reasons, hint="leave the machine out, or compile for fewer --rows and --outputs")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from onelaunch.codegen.triton.build import WARPS, load_module, signature
+from onelaunch.codegen.triton.build import OPTIONS, WARPS, llvm_switches, load_module, signature
 from onelaunch.codegen.triton.render import render_kernel
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.limits import Limits, kv_pool_bytes, kv_tile_bytes, state_bytes, state_fields
@@ -73,10 +73,13 @@ class EmulatedStep:
         self.state["slot_top_p"][:] = self.state["slot_penalty"][:] = 1
         types = signature(limits, self.source.kv_names)
         module = load_module(self.source.text)
-        self.kernels = {
-            b: emulator().compile_kernel(getattr(module, f"step_{b}"), types, {}, arch=arch, num_warps=warps)
-            for b in BUCKETS
-        }
+        with llvm_switches():
+            self.kernels = {
+                b: emulator().compile_kernel(
+                    getattr(module, f"step_{b}"), types, {}, arch=arch, num_warps=warps, **OPTIONS
+                )
+                for b in BUCKETS
+            }
         self.names = list(types)
 
     def prompt(self, tokens: list[int], slot: int = 0) -> None:

@@ -37,7 +37,7 @@ import triton.language as tl
 
 
 @triton.jit
-def step(table, control, weights, workspace, state, kv0, records):
+def step_few(table, control, weights, workspace, state, kv0, records):
     tl.store(control, tl.load(table) + records)
 """
 
@@ -90,7 +90,7 @@ def test_machines_of_an_architecture_share_its_code(
     seen: list[str] = []
     compile_model(request, progress=lambda name, seconds, detail: seen.append(name))
     artifact = Artifact.open(tmp_path / "a")
-    assert sorted(compiled) == [(80, "step_few"), (80, "step_many"), (89, "step_few"), (89, "step_many")]
+    assert sorted(compiled) == [(80, "few"), (80, "many"), (89, "few"), (89, "many")]
     assert [(t.name, t.workers) for t in artifact.manifest.cuda_targets] == [("sm_80", (108,)), ("sm_89", (58, 128))]
     assert artifact.tables(58, "sm_89").shape[1] == 58
     assert artifact.manifest.targets == ()
@@ -98,14 +98,14 @@ def test_machines_of_an_architecture_share_its_code(
     assert sorted(seen[-4:-2]) == ["sm_80", "sm_89"]
 
 
-def fake_kernel(arch: int, entry: str, compiled: list[tuple[int, str]] | None = None, **changes: Any) -> Kernel:
+def fake_kernel(arch: int, bucket: str, compiled: list[tuple[int, str]] | None = None, **changes: Any) -> Kernel:
     if compiled is not None:
-        compiled.append((arch, entry))
+        compiled.append((arch, bucket))
     kv = (("kv0", "*bf16"),)
     pointers = [(name, "*i32") for name in ("table", "control", "weights", "workspace", "state")]
     params = (*pointers, *kv, ("records", "i32"), ("global_scratch", "*i8"), ("profile_scratch", "*i8"))
     made = Kernel(
-        f"sm_{arch}", entry, "", b"\x7fELF", warps=8, shared=1000, registers=128, stack=0, spills=0,
+        f"sm_{arch}", f"step_{bucket}", "", b"\x7fELF", warps=8, shared=1000, registers=128, stack=0, spills=0,
         static_shared=0, params=params, versions={"triton": "3", "ptxas": "13.4"}, options={},
     )  # fmt: skip
     return replace(made, **changes)
@@ -114,11 +114,11 @@ def fake_kernel(arch: int, entry: str, compiled: list[tuple[int, str]] | None = 
 def test_one_that_does_not_compile_is_named_and_nothing_is_read_or_left(
     gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(text: str, limits: Limits, names: tuple[str, ...], arch: int, entry: str) -> Kernel:
-        if arch == 80 and entry == "step_few":
+    def broken(text: str, limits: Limits, names: tuple[str, ...], arch: int, bucket: str) -> Kernel:
+        if arch == 80 and bucket == "few":
             raise CompileError("sm_80: Triton could not compile the step: too sad")
         much = {"shared": 1 << 20, "registers": 200, "warps": 16}
-        return fake_kernel(arch, entry, **much if (arch, entry) == (90, "step_many") else {})
+        return fake_kernel(arch, bucket, **much if (arch, bucket) == (90, "many") else {})
 
     monkeypatch.setattr(gpu_module, "compile_apart", broken)
     imported = unreadable(gpu_artifact[0])
@@ -147,7 +147,9 @@ def test_spills_are_reported_not_refused() -> None:
     assert list(misfits(fake_kernel(90, "step", spills=500, stack=64), machine_for("h100"))) == []
 
 
-def test_a_format_without_a_reader_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_without_a_reader_is_refused_by_name(
+    gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu_module, "READERS", ("f32", "q4_0"))
     program = tiny.tiny("llama", "q6_k").program
     gpus = parse_targets("sm_80,sm_90").gpus
@@ -155,25 +157,28 @@ def test_a_format_without_a_reader_is_refused_by_name(monkeypatch: pytest.Monkey
         refuse_formats(program, gpus)
     refuse_formats(program, ())
     refuse_formats(tiny.tiny("llama", "q4_0").program, gpus)
+    request = Request(gpu_artifact[0], tmp_path / "a.ola", "sm_90,cpu", Limits(**small.GPU_LIMITS), quant="int8")
+    with pytest.raises(CompileError, match=r"sm_90: expected weights in f32, q4_0, got `q8_0`"):
+        compile_imported(unreadable(gpu_artifact[0]), request)
 
 
 def test_the_kernel_does_not_depend_on_the_process_that_made_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
-    first = compile_apart(TEXT, Limits(), ["kv0"], 90, "step")
+    first = compile_apart(TEXT, Limits(), ["kv0"], 90, "few")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    assert compile_apart(TEXT, Limits(), ["kv0"], 90, "step") == first
+    assert compile_apart(TEXT, Limits(), ["kv0"], 90, "few") == first
     assert first.arch == "sm_90a"
     assert first.cubin[:4] == b"\x7fELF"
 
 
 def test_errors_of_the_other_process_come_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompileError, match="sm_80: Triton could not compile the step"):
-        compile_apart(TEXT.replace("tl.load(table)", "tl.lode(table)"), Limits(), ["kv0"], 80, "step")
+        compile_apart(TEXT.replace("tl.load(table)", "tl.lode(table)"), Limits(), ["kv0"], 80, "few")
     with pytest.raises(HostError, match=r"sm_80: expected a kernel, got a compiler process that ended with 7"):
-        compile_apart("import os\nos._exit(7)", Limits(), ["kv0"], 80, "step")
+        compile_apart("import os\nos._exit(7)", Limits(), ["kv0"], 80, "few")
 
 
 def test_a_dump_has_both_sources_and_a_schedule_of_another_machine_is_refused(

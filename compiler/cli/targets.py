@@ -22,7 +22,7 @@ def command(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List the GPUs we have data for; building GPU artifacts from the command line is not there yet"""
+    """List the GPUs we have data for: names that `compile --target` takes"""
     from ..machines import details, machine_for, machines, table
 
     known = machines(tuple(target_file or ()))
