@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from ..ir.errors import LoadError, UsageError, nearest
 from . import host
 from .container import CHUNK, Member, members
-from .manifest import WEIGHTS, CudaTarget, Manifest, Target
+from .cuda_target import CudaTarget
+from .manifest import WEIGHTS, Manifest, Target
 from .memory import Buffer
 
 MANIFEST = "manifest.json"

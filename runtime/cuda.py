@@ -29,12 +29,13 @@ from .backend import StepFault
 from .cuda_driver import Context, CudaError, Device, Driver, NoDevice, release
 from .cuda_graph import StepGraphs
 from .cuda_kernel import Kernel, TooSmall, check_driver
-from .cuda_state import WORD, DeviceState
-from .manifest import WEIGHTS, CudaTarget, Manifest
-from .memory import GUARD, Buffer
+from .cuda_memory import check_memory, control_bytes, memory_plan
+from .cuda_state import DeviceState
+from .cuda_target import BUCKETS, CudaTarget
+from .manifest import WEIGHTS, Manifest
+from .memory import Buffer
 from .state import State
 
-BUCKETS = 2  # few rows, many rows
 FAULT_WORD = 8  # of the control buffer: kind, worker, record, event, seen, expected
 PROBE_BYTES = 256 << 20  # of a bandwidth probe's copies: several times any L2
 PROBE_TOTAL = 1 << 30
@@ -89,7 +90,7 @@ def open_backend(
     context = Context(driver, device)
     try:
         with context:
-            kernel = Kernel(context, target, artifact.read(target.cubin))
+            kernel = Kernel(context, target, artifact.read)
             workers = kernel.pick_workers(threads)
             sizes = memory_plan(artifact.manifest, target, artifact.members[WEIGHTS].size, kv_pages)
             check_memory(context, sizes)
@@ -110,41 +111,9 @@ def check_device(artifact: Artifact, target: CudaTarget) -> None:
     context = Context(driver, device)
     try:
         with context:
-            Kernel(context, target, artifact.read(target.cubin)).pick_workers(None)
+            Kernel(context, target, artifact.read).pick_workers(None)
     finally:
         context.close()
-
-
-def memory_plan(manifest: Manifest, target: CudaTarget, weights: int, kv_pages: Sequence[int]) -> dict[str, int]:
-    """Bytes of device memory by kernel parameter, without the tables: they are small."""
-    groups = zip(manifest.caches, kv_pages, strict=True)
-    caches = {f"kv{g}": group.page_bytes * pages for g, (group, pages) in enumerate(groups)}
-    return {
-        "control": BUCKETS * control_bytes(target),
-        "weights": weights + GUARD,  # kernels prefetch past the last tile
-        "workspace": manifest.workspace_bytes,
-        "state": -(-manifest.state_bytes // WORD) * WORD,
-        **caches,
-    }
-
-
-def control_bytes(target: CudaTarget) -> int:
-    """Bytes of one bucket's control buffer, on cache lines of its own."""
-    return -(-4 * target.control_words // 256) * 256
-
-
-def check_memory(context: Context, sizes: dict[str, int]) -> None:
-    """HostError with what is needed and what is free, before gigabytes are read."""
-    free, total = context.driver.call("cuMemGetInfo")
-    needed = sum(sizes.values())
-    if needed > free:
-        kv = sum(size for name, size in sizes.items() if name.startswith("kv"))
-        raise HostError(
-            f"memory: expected {needed / 2**30:.2f} GiB on {context.device.name} (weights "
-            f"{sizes['weights'] / 2**30:.2f}, KV cache {kv / 2**30:.2f}), got {free / 2**30:.2f} GiB free "
-            f"of {total / 2**30:.2f}",
-            hint="load with a smaller `kv_tokens`, or end what else uses this device",
-        )
 
 
 class CudaBackend:
@@ -176,7 +145,7 @@ class CudaBackend:
         self._state = DeviceState(host.view, manifest.fields, self._context, self._stream, self._at["state"])
         self.state = self._state
         size = control_bytes(kernel.target)
-        self._controls = [self._at["control"] + i * size for i in range(BUCKETS)]
+        self._controls = [self._at["control"] + i * size for i in range(len(BUCKETS))]
         self._graphs = StepGraphs(kernel, self._stream, tables, segments, self._at, self._controls)
         self._fault: StepFault | None = None
         self._process = os.getpid()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..ir.errors import HostError, LoadError, UsageError
 from .cuda_driver import Context, CudaError, Driver, release, release_number
-from .manifest import CudaTarget
+from .cuda_target import CudaTarget, Entry
 
 STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory a kernel may have without asking
 WRONG_CUBIN = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
@@ -31,32 +31,32 @@ class TooSmall(HostError):
 class Kernel:
     """The step kernels of a target on one device: how they are launched, and how many workers fit at once."""
 
-    def __init__(self, context: Context, target: CudaTarget, cubin: bytes) -> None:
+    def __init__(self, context: Context, target: CudaTarget, read: Callable[[str], bytes]) -> None:
+        """`read` returns the verified bytes of a file of the artifact."""
         self.context, self.target = context, target
         self.call, self._api, self._device = context.driver.call, context.driver.api, context.device
-        self.block = 32 * target.num_warps
-        module = self._load(cubin)
-        found = {name: self._function(module, name) for name in dict.fromkeys(target.entries)}
-        self._functions = [found[name] for name in target.entries]
-        self._per_sm = min(self._ready(name, function) for name, function in found.items())
+        modules = {name: self._load(name, read(name)) for name in target.cubins()}
+        found = {entry: self._function(modules[entry.cubin], entry) for entry in dict.fromkeys(target.entries)}
+        self._functions = [found[entry] for entry in target.entries]
+        self._per_sm = min(self._ready(entry, function) for entry, function in found.items())
 
-    def _function(self, module: Any, name: str) -> Any:
+    def _function(self, module: Any, entry: Entry) -> Any:
         try:
-            return self.call("cuModuleGetFunction", module, name.encode())
+            return self.call("cuModuleGetFunction", module, entry.name.encode())
         except CudaError as error:
-            raise LoadError(f"{self.target.cubin}: expected a kernel `{name}`, got none") from error
+            raise LoadError(f"{entry.cubin}: expected a kernel `{entry.name}`, got none") from error
 
-    def _ready(self, name: str, function: Any) -> int:
+    def _ready(self, entry: Entry, function: Any) -> int:
         """Check a kernel and give it its shared memory; how many of its blocks an SM holds."""
-        shared = self.target.shared
-        self._check_parameters(name, function)
-        self._check_limits(function)
-        if shared > STATIC_SHARED:
+        self._check_parameters(entry, function)
+        self._check_limits(entry, function)
+        if entry.shared > STATIC_SHARED:
             most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self.call("cuFuncSetAttribute", function, most, shared)
-        return int(self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, self.block, shared))
+            self.call("cuFuncSetAttribute", function, most, entry.shared)
+        occupancy = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
+        return int(self.call(occupancy, function, entry.threads, entry.shared))
 
-    def _load(self, cubin: bytes) -> Any:
+    def _load(self, name: str, cubin: bytes) -> Any:
         try:
             return self.context.make("cuModuleLoadData", cubin, undo="cuModuleUnload")
         except CudaError as error:
@@ -64,12 +64,12 @@ class Kernel:
                 raise
             newest = self.context.driver.version
             raise HostError(
-                f"{self.target.cubin}: expected a driver and device that take {self.target.arch} code, "
+                f"{name}: expected a driver and device that take {self.target.arch} code, "
                 f"got {error.code} from a driver for CUDA {newest} on {self._device.arch}",
                 hint=f"update NVIDIA's driver ({self.target.min_driver or 'no release'} is needed) or compile again",
             ) from error
 
-    def _check_parameters(self, name: str, function: Any) -> None:
+    def _check_parameters(self, entry: Entry, function: Any) -> None:
         """The manifest's list against the kernel's own: a wrong one would corrupt memory silently."""
         sizes = []
         try:
@@ -82,21 +82,21 @@ class Kernel:
         expected = [8 if kind.startswith("*") else 4 for _, kind in self.target.params]
         if sizes != expected:
             raise LoadError(
-                f"target `{self.target.name}`: expected `params` of {sizes} bytes as `{name}` in {self.target.cubin}, "
+                f"target `{self.target.name}`: expected `params` of {sizes} bytes as `{entry.name}` in {entry.cubin}, "
                 f"got {expected}",
                 hint="manifest and kernel are not of one compilation: compile the model again",
             )
 
-    def _check_limits(self, function: Any) -> None:
+    def _check_limits(self, entry: Entry, function: Any) -> None:
         most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
         threads = int(self.call("cuFuncGetAttribute", most, function))
         device, name = self._device, f"target `{self.target.name}`"
         reasons = []
-        if self.block > threads:
-            reasons.append(f"{name}: expected blocks of at most {threads} threads, got {self.block}")
-        if self.target.shared > device.shared:
+        if entry.threads > threads:
+            reasons.append(f"{name}: expected blocks of at most {threads} threads, got {entry.threads}")
+        if entry.shared > device.shared:
             reasons.append(
-                f"{name}: expected {self.target.shared} bytes of shared memory per block, "
+                f"{name}: expected {entry.shared} bytes of shared memory per block, "
                 f"got {device.shared} on {device.name}"
             )
         if not device.cooperative:
@@ -128,14 +128,14 @@ class Kernel:
     ) -> None:
         """Queue one launch of a bucket's kernel. `together`: its workers wait for each other, so it is cooperative,
         and fails instead of hanging if not all blocks can be resident."""
-        api = self._api
+        api, entry = self._api, self.target.entries[bucket]
         attribute = api.CUlaunchAttribute()
         attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
         attribute.value.cooperative = int(together)
         config = api.CUlaunchConfig()
-        config.gridDimX, config.blockDimX = workers, self.block
+        config.gridDimX, config.blockDimX = workers, entry.threads
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.sharedMemBytes, config.hStream = self.target.shared, stream
+        config.sharedMemBytes, config.hStream = entry.shared, stream
         config.attrs, config.numAttrs = [attribute], 1
         kinds = [ctypes.c_uint64 if kind.startswith("*") else ctypes.c_int32 for _, kind in self.target.params]
         arguments = [kind(values[name]) for (name, _), kind in zip(self.target.params, kinds, strict=True)]

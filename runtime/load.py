@@ -17,7 +17,7 @@ from .memory import Memory
 from .model import Model
 
 if TYPE_CHECKING:
-    from .manifest import CudaTarget
+    from .cuda_target import CudaTarget
     from .tokenizer import Tokenizer
 
 

@@ -9,13 +9,11 @@ from typing import Any
 
 from ..ir.errors import LoadError, OnelaunchError
 from ..ir.limits import Field, Limits, state_fields
+from .cuda_target import CudaTarget
 
 SCHEMA = 1
 MAX_GROUPS = 8  # cache groups an `OlMemory` has room for
 WEIGHTS = "weights/weights.safetensors"
-CONTROL_EVENTS = 64  # words before the first event counter of a CUDA target's control buffer
-CUDA_OPTIONAL = {"global_scratch", "profile_scratch"}  # Triton adds them; we give them nothing
-CUDA_PARAMS = {"table", "control", "weights", "workspace", "state", "records", *CUDA_OPTIONAL}
 SHAPE: dict[str, type] = {
     **dict.fromkeys(("name", "family"), str),
     **dict.fromkeys(("vocab", "state_bytes", "workspace_bytes"), int),
@@ -53,79 +51,6 @@ class Target:
     library: str
     level: int
     isa: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class CudaTarget:
-    """The compiled step for NVIDIA devices.
-
-    `entries`: the cubin's kernels for few and for many rows; in the manifest `entries`, or `entry` if they are one.
-    `arch`: sm_90, or sm_90a for code of exactly that architecture. `shared`: bytes of dynamic shared memory of a
-    block of 32 * `num_warps` threads. `params`: name and type ("*i32", "i32") of each kernel parameter, in order.
-    `workers`: grid sizes with a task table. `control_words`: int32 words of the event counters and fault record.
-    `min_driver`: the first release of NVIDIA's driver that takes the code, or "".
-    """
-
-    name: str
-    arch: str
-    cubin: str
-    entries: tuple[str, str]
-    num_warps: int
-    shared: int
-    params: tuple[tuple[str, str], ...]
-    workers: tuple[int, ...]
-    control_words: int
-    min_driver: str = ""
-
-    @classmethod
-    def parse(cls, name: str, raw: dict[str, Any]) -> CudaTarget:
-        entries = raw["entries"] if "entries" in raw else {"few": raw["entry"], "many": raw["entry"]}
-        return cls(
-            name=name,
-            arch=str(raw["arch"]),
-            cubin=str(raw["cubin"]),
-            entries=(str(entries["few"]), str(entries["many"])),
-            num_warps=int(raw["num_warps"]),
-            shared=int(raw["shared"]),
-            params=tuple((str(param), str(kind)) for param, kind in raw["params"]),
-            workers=tuple(sorted({int(count) for count in raw["workers"]})),
-            control_words=int(raw["control_words"]),
-            min_driver=str(raw.get("min_driver") or ""),
-        )
-
-    @property
-    def version(self) -> tuple[int, int, str]:
-        """(9, 0, "a") of sm_90a."""
-        match = re.fullmatch(r"sm_(\d+)(\d)([af]?)", self.arch)
-        return (int(match[1]), int(match[2]), match[3]) if match else (0, 0, "")
-
-    def runs_on(self, major: int, minor: int) -> bool:
-        """Machine code runs on its own major version from its minor one on; `a` code on that one device only."""
-        wanted, least, kind = self.version
-        return major == wanted and (minor == least if kind == "a" else minor >= least)
-
-    def tables(self) -> list[str]:
-        return [f"tables/{self.name}-{count}.npy" for count in self.workers]
-
-    def reasons(self, caches: int) -> list[str]:
-        """What is wrong with it, for a model with this many cache groups."""
-        found = []
-        if not self.version[0]:
-            found.append(f"expected `arch` like sm_90 or sm_90a, got `{self.arch}`")
-        if not (1 <= self.num_warps <= 32 and self.shared >= 0 and self.workers and self.workers[0] >= 1):
-            found.append("expected 1 to 32 `num_warps`, `shared` >= 0 and positive `workers`")
-        if self.control_words < CONTROL_EVENTS:
-            found.append(f"expected `control_words` >= {CONTROL_EVENTS}, got {self.control_words}")
-        names = [param for param, _ in self.params]
-        wanted = {*CUDA_PARAMS, *(f"kv{g}" for g in range(caches))}
-        if not wanted - CUDA_OPTIONAL <= set(names) <= wanted or len(set(names)) != len(names):
-            found.append(f"expected `params` {', '.join(sorted(wanted))}, got {', '.join(names)}")
-        found += [
-            f"param `{n}`: expected {'i32' if n == 'records' else 'a pointer'}, got `{kind}`"
-            for n, kind in self.params
-            if (kind != "i32" if n == "records" else not kind.startswith("*"))
-        ]
-        return [f"target `{self.name}`: {reason}" for reason in found]
 
 
 @dataclass(frozen=True)
@@ -245,7 +170,7 @@ def _consistency(m: Manifest) -> list[str]:
     needed = [WEIGHTS] if m.weights_packed else []
     needed += [target.library for target in m.targets]
     for gpu in m.cuda_targets:
-        needed += [gpu.cubin, *gpu.tables()]
+        needed += [*gpu.cubins(), *gpu.tables()]
         reasons += gpu.reasons(len(m.caches))
     reasons += [f"expected `files` to list `{name}`, got no entry" for name in needed if name not in m.files]
     if not m.threads and m.targets:

@@ -82,9 +82,10 @@ def write(root: Path, cpu: bool = False, cubin: str = "", **changes: Any) -> Pat
     header = json.dumps({"w": {"dtype": "U8", "shape": [1000], "data_offsets": [0, 1000]}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(range(250)) * 4
     (root / "weights/weights.safetensors").write_bytes(data)
-    names = ",".join(target["entries"].values()) if "entries" in target else target["entry"]
-    text = cubin or f"{target['arch']} entry={names} params={','.join(PARAMS)}"
-    (root / target["cubin"]).write_bytes(text.encode() + b"\0")
+    for entry in target.get("entries", {"both": {}}).values():
+        kernel = {**target, **entry}
+        text = cubin or f"{target['arch']} entry={kernel['entry']} params={','.join(PARAMS)}"
+        (root / kernel["cubin"]).write_bytes(text.encode() + b"\0")
     names = [f"{target['arch']}-{count}" for count in target["workers"]] + (["1"] if cpu else [])
     for name in names:
         np.save(root / f"tables/{name}.npy", table(int(name.split("-")[-1])))

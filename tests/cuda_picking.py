@@ -158,6 +158,8 @@ def test_an_old_driver_is_refused_by_its_release(fake: Fake, root: Path) -> None
         ({"workers": []}, "positive `workers`"),
         ({"control_words": 3}, "expected `control_words` >= 64, got 3"),
         ({"num_warps": 64}, "1 to 32 `num_warps`"),
+        ({"entries": {"few": {}, "many": {"shared": -1}}}, "`shared` >= 0"),
+        ({"entries": {"few": {}, "many": {"entry": 7, "cubin": "a.cubin", "num_warps": "x"}}}, "has the wrong type"),
     ],
 )
 def test_a_target_that_does_not_fit_its_kernel_is_refused(

@@ -188,12 +188,20 @@ def test_a_step_in_segments_is_one_graph_of_a_launch_per_depth(fake: Fake, root:
 
 
 def test_each_bucket_may_have_a_kernel_of_its_own(fake: Fake, tmp_path: Path) -> None:
-    with load(write(tmp_path / "two", entries={"few": "step_few", "many": "step_many"})) as model:
+    folder = "kernels/sm_90"
+    few = {"entry": "step_few", "cubin": f"{folder}/few.cubin", "num_warps": 4, "shared": 60_000}
+    many = {"entry": "step_many", "cubin": f"{folder}/many.cubin"}
+    with load(write(tmp_path / "two", entries={"few": few, "many": many})) as model:
         assert model.generate([1, 2, 3, 4, 5, 6], max_new_tokens=5).tokens == answer([1, 2, 3, 4, 5, 6], 5)
         log = fake.log()
     assert [line.split()[1] for line in log if line.startswith("launched")] == ["step_few", "step_many"]
-    assert log.count("cuFuncSetAttribute 8 100000") == 2
-    assert called(log).count("cuOccupancyMaxActiveBlocksPerMultiprocessor") == 2
+    shapes = [line.split()[5:] for line in log if line.startswith("cuLaunchKernelEx")]
+    assert shapes == [["block", "128", "1", "1", "shared", "60000"], ["block", "256", "1", "1", "shared", "100000"]]
+    assert [line for line in log if line.startswith("cuFuncSetAttribute")] == [
+        "cuFuncSetAttribute 8 60000", "cuFuncSetAttribute 8 100000",
+    ]  # fmt: skip
+    occupancy = [line.split()[1:] for line in log if line.startswith("cuOccupancy")]
+    assert occupancy == [["128", "60000"], ["256", "100000"]]
 
 
 @pytest.mark.parametrize("segments", ["mega", "per-phase"])
