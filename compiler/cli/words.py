@@ -65,7 +65,7 @@ Device: TypeAlias = Annotated[
                  help="Where to run; auto takes an NVIDIA device if one here fits"),
 ]  # fmt: skip
 Segments: TypeAlias = Annotated[
-    str, typer.Option(metavar="mega|per-phase", help="On a GPU: a step as one launch, or as one for each phase")
+    str, typer.Option(metavar="NAME", help="On a GPU: mega, a step is one launch, or per-phase, one for each phase")
 ]
 MODEL_HELP = "A .gguf file, a Hugging Face folder, or a name: smollm2-135m-instruct, gemma3-270m"
 
