@@ -15,6 +15,7 @@ from ..codegen.triton.render import Source, render_kernel
 from ..ir.errors import CompileError
 from ..ir.graph import Program
 from ..ir.limits import Limits
+from ..ir.schedule import BUCKETS
 from ..ir.table import WeightPlan, lower
 from .artifact import ArtifactFolder, stack_tables
 from .gpu_process import compile_apart
@@ -75,13 +76,19 @@ def build_gpu(gpu: GpuTarget, source: Source, limits: Limits, folder: ArtifactFo
     CompileError: the kernel does not compile, or a machine of the target cannot hold it.
     """
     start = time.perf_counter()
-    kernel = compile_apart(source.text, limits, source.kv_names, gpu.number)
-    reasons = [f"{gpu.arch}: {reason}" for machine in gpu.machines for reason in misfits(kernel, machine)]
+    kernels = {b: compile_apart(source.text, limits, source.kv_names, gpu.number, f"step_{b}") for b in BUCKETS}
+    reasons = [
+        f"{gpu.arch}: {kernel.entry}: {reason}"
+        for kernel in kernels.values()
+        for machine in gpu.machines
+        for reason in misfits(kernel, machine)
+    ]
     if reasons:
         raise CompileError(reasons, hint="leave the machine out, or compile for fewer --rows and --outputs")
-    folder.path(f"kernels/{gpu.arch}/step.ptx").write_text(kernel.ptx)
-    folder.path(cubin := f"kernels/{gpu.arch}/step.cubin").write_bytes(kernel.cubin)
-    return target_entry(gpu, kernel, cubin, source.control_words), time.perf_counter() - start
+    for bucket, kernel in kernels.items():
+        folder.path(f"kernels/{gpu.arch}/{bucket}.ptx").write_text(kernel.ptx)
+        folder.path(f"kernels/{gpu.arch}/{bucket}.cubin").write_bytes(kernel.cubin)
+    return target_entry(gpu, kernels, source.control_words), time.perf_counter() - start
 
 
 def misfits(kernel: Kernel, machine: Machine) -> Iterator[str]:
@@ -99,33 +106,43 @@ def misfits(kernel: Kernel, machine: Machine) -> Iterator[str]:
             yield f"expected at most {most} {what} on {machine.name}, got {got}"
 
 
-def target_entry(gpu: GpuTarget, kernel: Kernel, cubin: str, control_words: int) -> dict[str, Any]:
-    """The manifest's entry: what a launch needs, then how the kernel was made and what it uses."""
-    ptxas = kernel.versions["ptxas"]
+def target_entry(gpu: GpuTarget, kernels: dict[str, Kernel], control_words: int) -> dict[str, Any]:
+    """The manifest's entry: what a launch needs, how the kernels were made, and what each uses."""
+    one = next(iter(kernels.values()))
+    ptxas = one.versions["ptxas"]
     return {
         "kind": "cuda",
-        "arch": kernel.arch,
-        "cubin": cubin,
-        "entry": kernel.entry,
-        "num_warps": kernel.warps,
-        "shared": kernel.shared,
-        "params": [list(param) for param in kernel.params],
+        "arch": one.arch,
+        "params": [list(param) for param in one.params],
         "workers": list(gpu.workers),
         "control_words": control_words,
         "min_driver": MIN_DRIVER.get(ptxas.partition(".")[0], ""),
         "machines": [machine.name for machine in gpu.machines],
         "source": SOURCE,
-        "ptx": cubin.replace(".cubin", ".ptx"),
-        "registers": kernel.registers,
-        "spills": kernel.spills,
-        "stack": kernel.stack,
-        "static_shared": kernel.static_shared,
-        **kernel.versions,
-        "options": kernel.options,
+        **one.versions,
+        "options": one.options,
+        "entries": {
+            bucket: {
+                "entry": kernel.entry,
+                "cubin": f"kernels/{gpu.arch}/{bucket}.cubin",
+                "ptx": f"kernels/{gpu.arch}/{bucket}.ptx",
+                "num_warps": kernel.warps,
+                "shared": kernel.shared,
+                "static_shared": kernel.static_shared,
+                "registers": kernel.registers,
+                "spills": kernel.spills,
+                "stack": kernel.stack,
+            }
+            for bucket, kernel in kernels.items()
+        },
     }
 
 
 def usage_line(entry: dict[str, Any]) -> str:
     """The resources of a compiled target for people."""
-    spills = f", {entry['spills']} bytes spilled" if entry["spills"] else ""
-    return f"{entry['registers']} registers, {entry['shared'] / 1024:.1f} KiB shared{spills}, ptxas {entry['ptxas']}"
+    kernels = entry["entries"].values()
+    registers = "/".join(str(k["registers"]) for k in kernels)
+    shared = "/".join(f"{k['shared'] / 1024:.1f}" for k in kernels)
+    spilled = sum(k["spills"] for k in kernels)
+    spills = f", {spilled} bytes spilled" if spilled else ""
+    return f"{registers} registers, {shared} KiB shared{spills}, ptxas {entry['ptxas']}"

@@ -24,11 +24,11 @@ JOB, RESULT, CUBIN = "job.json", "result.json", "step.cubin"
 ERRORS: dict[str, type[OnelaunchError]] = {"CompileError": CompileError, "HostError": HostError}
 
 
-def compile_apart(text: str, limits: Limits, kv_names: Sequence[str], arch: int) -> Kernel:
+def compile_apart(text: str, limits: Limits, kv_names: Sequence[str], arch: int, entry: str) -> Kernel:
     """`compile_kernel` in another process. CompileError and HostError as there; HostError if that process dies."""
     with tempfile.TemporaryDirectory(prefix="onelaunch-") as name:
         folder = Path(name)
-        job = {"text": text, "limits": limits.as_dict(), "kv_names": list(kv_names), "arch": arch}
+        job = {"text": text, "limits": limits.as_dict(), "kv_names": list(kv_names), "arch": arch, "entry": entry}
         (folder / JOB).write_text(json.dumps(job))
         command = [sys.executable, "-m", __name__, name]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     job = json.loads((folder / JOB).read_text())
     result: dict[str, Any]
     try:
-        kernel = compile_kernel(job["text"], Limits(**job["limits"]), job["kv_names"], job["arch"])
+        kernel = compile_kernel(job["text"], Limits(**job["limits"]), job["kv_names"], job["arch"], job["entry"])
         result = asdict(kernel)
         (folder / CUBIN).write_bytes(result.pop("cubin"))
     except (CompileError, HostError) as error:

@@ -131,12 +131,16 @@ class _Source:
         return call if call in self.branches else 0
 
     def function(self, loop: Loop) -> str:
-        """The innermost function that holds all of a loop."""
-        chains = [i.lines[::-1] for i in loop.code if i.lines]
-        shared = 0
-        while len({c[shared] if shared < len(c) else 0 for c in chains}) == 1:
-            shared += 1
-        line = max(c[shared] if shared < len(c) else c[-1] for c in chains)
+        """The innermost function that nearly all of a loop is in; a few instructions are shared with code around it."""
+        chains = [[self._at(line) for line in reversed(i.lines)] for i in loop.code]
+        found, depth = "", 0
+        while True:
+            name, count = Counter(c[depth] if depth < len(c) else "" for c in chains).most_common(1)[0]
+            if not name or count < 0.8 * len(chains):
+                return found
+            found, depth = name, depth + 1
+
+    def _at(self, line: int) -> str:
         return next((f.name for f in self.functions if f.lineno <= line <= (f.end_lineno or 0)), "")
 
 

@@ -56,7 +56,7 @@ def total(records: tuple[Work, ...]) -> Work:
 
 def measured_costs(found: KernelReport) -> dict[str, Cost]:
     """Costs of the bodies of a compiled kernel for few rows, by title: of the loop that serves one row."""
-    costs = {}
+    costs: dict[str, Cost] = {}
     for branch in found.branches:
         if branch.loops:
             cheapest = min(branch.loops, key=lambda loop: loop.per_weight)

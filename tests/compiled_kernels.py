@@ -1,0 +1,32 @@
+"""Kernels of small models, compiled once per test run: for tests of machine code."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from onelaunch.codegen.triton.build import Kernel, compile_kernel
+from onelaunch.codegen.triton.render import Source, render_kernel
+from onelaunch.ir.limits import Limits
+from onelaunch.ir.schedule import BUCKETS
+from onelaunch.tests.tiny import Tiny, tiny
+
+ARCHES = (80, 89, 90, 100, 120)
+FAMILIES = {"llama": "q8_0", "qwen2": "q4_1", "qwen3": "q4_0", "gemma3": "q4_k"}  # each with a format of its own
+LIMITS = Limits(rows=16, slots=2, context=512, outputs=4)
+SIZES = {"hidden": 512, "ffn": 1024, "vocab": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "query_scale": 0.125}
+
+
+@cache
+def model(family: str) -> Tiny:
+    return tiny(family, FAMILIES[family], **SIZES)
+
+
+@cache
+def source(family: str) -> Source:
+    return render_kernel({b: model(family).schedule(b, 4, LIMITS) for b in BUCKETS})
+
+
+@cache
+def kernel(family: str, arch: int, bucket: str) -> Kernel:
+    made = source(family)
+    return compile_kernel(made.text, LIMITS, made.kv_names, arch, f"step_{bucket}")
