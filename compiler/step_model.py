@@ -104,9 +104,10 @@ class Ahead:
     since: float
 
     def after(self, phase: PhaseTime) -> Ahead:
-        asked = tuple(total(records).prefetched for records in phase.records)
-        if phase.kind == "linear":
-            return Ahead(asked, 0.0)
+        asked = [total(records).prefetched for records in phase.records]
+        if phase.kind == "linear":  # who has no part in it goes on waiting with what it asked for
+            idle = [size * (not records) for size, records in zip(self.sizes, phase.records, strict=True)]
+            return Ahead(tuple(map(max, idle, asked)), 0.0)
         return Ahead(tuple(map(max, self.sizes, asked)), self.since + phase.us * any(self.sizes))
 
 
