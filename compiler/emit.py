@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from ..codegen.triton.build import Kernel
 from ..ir.errors import CompileError
 from ..ir.limits import Limits
+from ..ir.schedule import BUCKETS
 from ..models.importer import Imported
 from .artifact import ArtifactFolder, manifest
-from .gpu import SOURCE, GpuCode, build_gpu, render_gpu, usage_line
+from .gpu import SOURCE, GpuCode, add_target, compile_bucket, render_gpu, usage_line
 from .lowering import Dump, Lowered, Progress
 from .native import NativeCode, build_native, render_native
 from .target_list import GpuTarget, Targets
 from .weights import PackedWeight, packed_weights, weight_plan, write_weights
 
-Built = tuple[dict[str, Any], float]  # a target's manifest entry, seconds
+GpuBuilds = dict[Future[tuple[Kernel, float]], tuple[GpuTarget, str]]  # kernels being compiled, for what
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Emission:
             level.name: pool.submit(build_native, level, code.native.texts[level.name], folder)
             for level in self.targets.levels
         }
-        entries = self._gpu_entries(gpus)
+        entries = self._gpu_entries(gpus, code, folder)
         if weights is not None:
             self._pack(folder, weights)
         for name, building in native.items():
@@ -109,30 +111,36 @@ class Emission:
         self.progress("codegen", rendering, code.lines)
         return entries
 
-    def _gpu_builds(
-        self, code: Code, folder: ArtifactFolder, pool: ThreadPoolExecutor
-    ) -> dict[Future[Built], GpuTarget]:
+    def _gpu_builds(self, code: Code, folder: ArtifactFolder, pool: ThreadPoolExecutor) -> GpuBuilds:
+        """A process per architecture and bucket."""
         if code.gpu is None:
             return {}
         folder.path(SOURCE).write_text(code.gpu.source.text)
         return {
-            pool.submit(build_gpu, gpu, code.gpu.source, self.limits, folder): gpu for gpu in self.targets.gpus
+            pool.submit(compile_bucket, gpu, bucket, code.gpu.source, self.limits): (gpu, bucket)
+            for gpu in self.targets.gpus
+            for bucket in BUCKETS
         }
 
-    def _gpu_entries(self, builds: dict[Future[Built], GpuTarget]) -> dict[str, dict[str, Any]]:
+    def _gpu_entries(self, builds: GpuBuilds, code: Code, folder: ArtifactFolder) -> dict[str, dict[str, Any]]:
         """The entries in order of architecture. CompileError with the reasons of all that failed."""
         entries, errors = {}, []
+        kernels: dict[str, dict[str, tuple[Kernel, float]]] = {}
         for building in as_completed(builds):
+            gpu, bucket = builds[building]
             try:
-                entry, seconds = building.result()
+                found = kernels.setdefault(gpu.arch, {})
+                found[bucket] = building.result()
             except CompileError as error:
                 errors.append(error)
                 continue
-            entries[builds[building].arch] = entry
-            self.progress(builds[building].arch, seconds, usage_line(entry))
+            if code.gpu and len(found) == len(BUCKETS):
+                made = {b: found[b][0] for b in BUCKETS}
+                entries[gpu.arch] = add_target(gpu, made, code.gpu.source.control_words, folder)
+                self.progress(gpu.arch, sum(seconds for _, seconds in found.values()), usage_line(entries[gpu.arch]))
         if errors:
             raise CompileError([reason for e in errors for reason in e.reasons], hint=errors[0].hint)
-        return {gpu.arch: entries[gpu.arch] for gpu in builds.values()}
+        return {gpu.arch: entries[gpu.arch] for gpu in self.targets.gpus}
 
     def _pack(self, folder: ArtifactFolder, weights: list[PackedWeight]) -> None:
         start = time.perf_counter()

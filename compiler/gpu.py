@@ -1,4 +1,7 @@
-"""The GPU part of an artifact: one generated Triton source, a cubin per architecture, a task table per SM count."""
+"""The GPU part of an artifact: one generated Triton source, cubins per architecture, a task table per SM count.
+
+A cubin holds the kernel of one row bucket.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from ..codegen.triton.render import Source, render_kernel
 from ..ir.errors import CompileError
 from ..ir.graph import Program
 from ..ir.limits import Limits
-from ..ir.schedule import BUCKETS
 from ..ir.table import WeightPlan, lower
 from .artifact import ArtifactFolder, stack_tables
 from .gpu_process import compile_apart
@@ -25,6 +27,7 @@ from .target_list import GpuTarget
 
 SOURCE = "kernels/triton/step.py"
 BLOCK_THREADS = 1024  # CUDA's limit
+OWN = ("entry", "shared", "static_shared", "registers", "stack", "spills", "options")  # of a kernel in the manifest
 # CUDA Toolkit Release Notes, minimum driver for minor-version compatibility, by major version of ptxas.
 MIN_DRIVER = {"12": "525", "13": "580"}
 
@@ -70,25 +73,17 @@ def render_gpu(gpus: Sequence[GpuTarget], lowered: Lowered, plan: WeightPlan) ->
     return GpuCode(source, tables)
 
 
-def build_gpu(gpu: GpuTarget, source: Source, limits: Limits, folder: ArtifactFolder) -> tuple[dict[str, Any], float]:
-    """Compile one architecture into the artifact; its target entry and the seconds it took.
+def compile_bucket(gpu: GpuTarget, bucket: str, source: Source, limits: Limits) -> tuple[Kernel, float]:
+    """The kernel of one bucket for one architecture, and the seconds it took.
 
-    CompileError: the kernel does not compile, or a machine of the target cannot hold it.
+    CompileError: it does not compile, or a machine of the target cannot hold it.
     """
     start = time.perf_counter()
-    kernels = {b: compile_apart(source.text, limits, source.kv_names, gpu.number, f"step_{b}") for b in BUCKETS}
-    reasons = [
-        f"{gpu.arch}: {kernel.entry}: {reason}"
-        for kernel in kernels.values()
-        for machine in gpu.machines
-        for reason in misfits(kernel, machine)
-    ]
+    kernel = compile_apart(source.text, limits, source.kv_names, gpu.number, f"step_{bucket}")
+    reasons = [f"{gpu.arch}: {kernel.entry}: {r}" for machine in gpu.machines for r in misfits(kernel, machine)]
     if reasons:
         raise CompileError(reasons, hint="leave the machine out, or compile for fewer --rows and --outputs")
-    for bucket, kernel in kernels.items():
-        folder.path(f"kernels/{gpu.arch}/{bucket}.ptx").write_text(kernel.ptx)
-        folder.path(f"kernels/{gpu.arch}/{bucket}.cubin").write_bytes(kernel.cubin)
-    return target_entry(gpu, kernels, source.control_words), time.perf_counter() - start
+    return kernel, time.perf_counter() - start
 
 
 def misfits(kernel: Kernel, machine: Machine) -> Iterator[str]:
@@ -106,43 +101,39 @@ def misfits(kernel: Kernel, machine: Machine) -> Iterator[str]:
             yield f"expected at most {most} {what} on {machine.name}, got {got}"
 
 
-def target_entry(gpu: GpuTarget, kernels: dict[str, Kernel], control_words: int) -> dict[str, Any]:
-    """The manifest's entry: what a launch needs, how the kernels were made, and what each uses."""
+def add_target(
+    gpu: GpuTarget, kernels: dict[str, Kernel], control_words: int, folder: ArtifactFolder
+) -> dict[str, Any]:
+    """Write an architecture's code; the manifest's entry: what a launch needs, and how the kernels were made.
+
+    `kernels` are by bucket. An entry of `entries` has what is a kernel's own, resources in bytes.
+    """
     one = next(iter(kernels.values()))
-    ptxas = one.versions["ptxas"]
+    entries = {}
+    for bucket, kernel in kernels.items():
+        ptx, cubin = (f"kernels/{gpu.arch}/{kernel.entry}.{suffix}" for suffix in ("ptx", "cubin"))
+        folder.path(ptx).write_text(kernel.ptx)
+        folder.path(cubin).write_bytes(kernel.cubin)
+        own = {name: getattr(kernel, name) for name in OWN}
+        entries[bucket] = {"cubin": cubin, "ptx": ptx, "num_warps": kernel.warps, **own}
     return {
         "kind": "cuda",
         "arch": one.arch,
+        "entries": entries,
         "params": [list(param) for param in one.params],
         "workers": list(gpu.workers),
         "control_words": control_words,
-        "min_driver": MIN_DRIVER.get(ptxas.partition(".")[0], ""),
+        "min_driver": MIN_DRIVER.get(one.versions["ptxas"].partition(".")[0], ""),
         "machines": [machine.name for machine in gpu.machines],
         "source": SOURCE,
         **one.versions,
-        "options": one.options,
-        "entries": {
-            bucket: {
-                "entry": kernel.entry,
-                "cubin": f"kernels/{gpu.arch}/{bucket}.cubin",
-                "ptx": f"kernels/{gpu.arch}/{bucket}.ptx",
-                "num_warps": kernel.warps,
-                "shared": kernel.shared,
-                "static_shared": kernel.static_shared,
-                "registers": kernel.registers,
-                "spills": kernel.spills,
-                "stack": kernel.stack,
-            }
-            for bucket, kernel in kernels.items()
-        },
     }
 
 
-def usage_line(entry: dict[str, Any]) -> str:
-    """The resources of a compiled target for people."""
-    kernels = entry["entries"].values()
-    registers = "/".join(str(k["registers"]) for k in kernels)
-    shared = "/".join(f"{k['shared'] / 1024:.1f}" for k in kernels)
-    spilled = sum(k["spills"] for k in kernels)
-    spills = f", {spilled} bytes spilled" if spilled else ""
-    return f"{registers} registers, {shared} KiB shared{spills}, ptxas {entry['ptxas']}"
+def usage_line(target: dict[str, Any]) -> str:
+    """The resources of a compiled target for people: `few 128 registers, 11.0 KiB shared; many ..`."""
+    lines = []
+    for bucket, entry in target["entries"].items():
+        spills = f", {entry['spills']} bytes spilled" if entry["spills"] else ""
+        lines.append(f"{bucket} {entry['registers']} registers, {entry['shared'] / 1024:.1f} KiB shared{spills}")
+    return "; ".join(lines)

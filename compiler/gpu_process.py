@@ -1,4 +1,4 @@
-"""One architecture compiled in a process of its own: they run side by side, and Triton's output stays there.
+"""One kernel compiled in a process of its own: they run side by side, and Triton's output stays there.
 
 Not multiprocessing: that would import the caller's main script again.
 """
@@ -53,7 +53,8 @@ def main(folder: Path) -> None:
     job = json.loads((folder / JOB).read_text())
     result: dict[str, Any]
     try:
-        kernel = compile_kernel(job["text"], Limits(**job["limits"]), job["kv_names"], job["arch"], job["entry"])
+        limits = Limits(**job["limits"])
+        kernel = compile_kernel(job["text"], limits, job["kv_names"], job["arch"], job["entry"])
         result = asdict(kernel)
         (folder / CUBIN).write_bytes(result.pop("cubin"))
     except (CompileError, HostError) as error:

@@ -46,15 +46,19 @@ def test_the_artifact_holds_one_source_and_the_code_of_each_target(gpu_artifact:
     artifact = Artifact.open(gpu_artifact[1])
     (target,) = artifact.manifest.cuda_targets
     assert (target.name, target.arch, target.workers) == ("sm_90", "sm_90a", (132,))
-    assert artifact.read(target.cubin)[:4] == b"\x7fELF"
-    ptx = artifact.read("kernels/sm_90/step.ptx").decode()
-    assert ".target sm_90a" in ptx
-    assert f".entry {target.entries[0]}(" in ptx
     ast.parse(artifact.read("kernels/triton/step.py"))
     raw = artifact.manifest.raw["targets"]["sm_90"]
     assert raw["machines"] == ["h100"]
-    assert {"registers", "spills", "stack", "triton", "ptxas", "options", "min_driver"} <= raw.keys()
-    assert raw["options"]["launch_cooperative_grid"] is True
+    assert {"triton", "ptxas", "min_driver"} <= raw.keys()
+    for entry, bucket in zip(target.entries, ("few", "many"), strict=True):
+        assert artifact.read(entry.cubin)[:4] == b"\x7fELF"
+        own = raw["entries"][bucket]
+        ptx = artifact.read(own["ptx"]).decode()
+        assert ".target sm_90a" in ptx
+        assert re.findall(r"\.entry (\w+)\(", ptx) == [entry.name] == [f"step_{bucket}"]
+        assert own["options"]["launch_cooperative_grid"] is True
+        assert 0 < own["registers"] <= 255
+        assert {"spills", "stack", "static_shared"} <= own.keys()
     # Both buckets' tables are certified: `tables` refuses others.
     assert artifact.tables(132, "sm_90").shape[:2] == (2, 132)
     assert list(artifact.manifest.certificates) == ["2", "sm_90-132"]
@@ -80,13 +84,13 @@ def test_it_runs_on_the_processor_from_the_same_weights(
 def test_machines_of_an_architecture_share_its_code(
     gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled: list[int] = []
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda text, limits, names, arch: fake_kernel(arch, compiled))
+    compiled: list[tuple[int, str]] = []
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-2:], compiled))
     request = Request(gpu_artifact[0], tmp_path / "a", "l4,rtx4090,sm_80", Limits(**small.GPU_LIMITS))
     seen: list[str] = []
     compile_model(request, progress=lambda name, seconds, detail: seen.append(name))
     artifact = Artifact.open(tmp_path / "a")
-    assert sorted(compiled) == [80, 89]
+    assert sorted(compiled) == [(80, "step_few"), (80, "step_many"), (89, "step_few"), (89, "step_many")]
     assert [(t.name, t.workers) for t in artifact.manifest.cuda_targets] == [("sm_80", (108,)), ("sm_89", (58, 128))]
     assert artifact.tables(58, "sm_89").shape[1] == 58
     assert artifact.manifest.targets == ()
@@ -94,13 +98,14 @@ def test_machines_of_an_architecture_share_its_code(
     assert sorted(seen[-4:-2]) == ["sm_80", "sm_89"]
 
 
-def fake_kernel(arch: int, compiled: list[int], **changes: Any) -> Kernel:
-    compiled.append(arch)
+def fake_kernel(arch: int, entry: str, compiled: list[tuple[int, str]] | None = None, **changes: Any) -> Kernel:
+    if compiled is not None:
+        compiled.append((arch, entry))
     kv = (("kv0", "*bf16"),)
     pointers = [(name, "*i32") for name in ("table", "control", "weights", "workspace", "state")]
     params = (*pointers, *kv, ("records", "i32"), ("global_scratch", "*i8"), ("profile_scratch", "*i8"))
     made = Kernel(
-        f"sm_{arch}", "step", "", b"\x7fELF", warps=8, shared=1000, registers=128, stack=0, spills=0,
+        f"sm_{arch}", entry, "", b"\x7fELF", warps=8, shared=1000, registers=128, stack=0, spills=0,
         static_shared=0, params=params, versions={"triton": "3", "ptxas": "13.4"}, options={},
     )  # fmt: skip
     return replace(made, **changes)
@@ -109,10 +114,11 @@ def fake_kernel(arch: int, compiled: list[int], **changes: Any) -> Kernel:
 def test_one_that_does_not_compile_is_named_and_nothing_is_read_or_left(
     gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(text: str, limits: Limits, names: tuple[str, ...], arch: int) -> Kernel:
-        if arch == 80:
+    def broken(text: str, limits: Limits, names: tuple[str, ...], arch: int, entry: str) -> Kernel:
+        if arch == 80 and entry == "step_few":
             raise CompileError("sm_80: Triton could not compile the step: too sad")
-        return fake_kernel(arch, [], shared=1 << 20, registers=200, warps=16)
+        much = {"shared": 1 << 20, "registers": 200, "warps": 16}
+        return fake_kernel(arch, entry, **much if (arch, entry) == (90, "step_many") else {})
 
     monkeypatch.setattr(gpu_module, "compile_apart", broken)
     imported = unreadable(gpu_artifact[0])
@@ -121,9 +127,9 @@ def test_one_that_does_not_compile_is_named_and_nothing_is_read_or_left(
         compile_imported(imported, request)
     assert sorted(error.value.reasons) == [
         "sm_80: Triton could not compile the step: too sad",
-        "sm_90: expected at most 232448 bytes of shared memory per block on h100, got 1048576",
-        "sm_90: expected at most 233472 bytes of shared memory per SM on h100, got 1048576",
-        "sm_90: expected at most 65536 registers per block on h100, got 102400",
+        "sm_90: step_many: expected at most 232448 bytes of shared memory per block on h100, got 1048576",
+        "sm_90: step_many: expected at most 233472 bytes of shared memory per SM on h100, got 1048576",
+        "sm_90: step_many: expected at most 65536 registers per block on h100, got 102400",
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -138,10 +144,11 @@ def unreadable(model: Path) -> Any:
 
 
 def test_spills_are_reported_not_refused() -> None:
-    assert list(misfits(fake_kernel(90, [], spills=500, stack=64), machine_for("h100"))) == []
+    assert list(misfits(fake_kernel(90, "step", spills=500, stack=64), machine_for("h100"))) == []
 
 
-def test_a_format_without_a_reader_is_refused_by_name() -> None:
+def test_a_format_without_a_reader_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_module, "READERS", ("f32", "q4_0"))
     program = tiny.tiny("llama", "q6_k").program
     gpus = parse_targets("sm_80,sm_90").gpus
     with pytest.raises(CompileError, match=r"sm_80, sm_90: expected weights in f32, .*, got `q6_k` in .*global\.q"):
@@ -154,19 +161,19 @@ def test_the_kernel_does_not_depend_on_the_process_that_made_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
-    first = compile_apart(TEXT, Limits(), ["kv0"], 90)
+    first = compile_apart(TEXT, Limits(), ["kv0"], 90, "step")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    assert compile_apart(TEXT, Limits(), ["kv0"], 90) == first
+    assert compile_apart(TEXT, Limits(), ["kv0"], 90, "step") == first
     assert first.arch == "sm_90a"
     assert first.cubin[:4] == b"\x7fELF"
 
 
 def test_errors_of_the_other_process_come_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompileError, match="sm_80: Triton could not compile the step"):
-        compile_apart(TEXT.replace("tl.load(table)", "tl.lode(table)"), Limits(), ["kv0"], 80)
+        compile_apart(TEXT.replace("tl.load(table)", "tl.lode(table)"), Limits(), ["kv0"], 80, "step")
     with pytest.raises(HostError, match=r"sm_80: expected a kernel, got a compiler process that ended with 7"):
-        compile_apart("import os\nos._exit(7)", Limits(), ["kv0"], 80)
+        compile_apart("import os\nos._exit(7)", Limits(), ["kv0"], 80, "step")
 
 
 def test_a_dump_has_both_sources_and_a_schedule_of_another_machine_is_refused(
@@ -192,7 +199,7 @@ def test_a_configuration_alone_compiles_without_weights(
     model = tmp_path / "bare"
     model.mkdir()
     shutil.copy(gpu_artifact[0] / "config.json", model)
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda text, limits, names, arch: fake_kernel(arch, []))
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-2:]))
     request = Request(model, tmp_path / "a", "sm_90", Limits(**small.GPU_LIMITS))
     with pytest.raises(LoadError, match=r"expected \*\.safetensors, got none"):
         compile_model(request)
@@ -214,7 +221,7 @@ def test_no_tensor_is_read_without_weights_and_the_artifact_is_not_run(
         model = tmp_path / "bare"
         model.mkdir()
         shutil.copy(gpu_artifact[0] / "config.json", model)
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda text, limits, names, arch: fake_kernel(arch, []))
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-2:]))
     request = Request(model, tmp_path / "a", "sm_90,cpu", Limits(**small.GPU_LIMITS), (2,), "int4", pack=False)
     compile_imported(unreadable(model), request)
     artifact = Artifact.open(tmp_path / "a")
