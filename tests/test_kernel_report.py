@@ -1,4 +1,4 @@
-"""What ships, read from the machine code: every family for every architecture, without a GPU.
+"""What ships, read from the machine code: every family and every architecture, without a GPU.
 
 The models are small, but K is long enough for the main loops to be loops.
 """
@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from compiled_kernels import ARCHES, FAMILIES, LIMITS, kernel, model, source
+from compiled_kernels import CASES, FEW, LIMITS, kernel, model, source
 
 from onelaunch.codegen.triton.build import compile_kernel
 from onelaunch.compiler.kernel_report import alone, body_formats, budget, problems, report
@@ -26,17 +26,7 @@ def reported(family, arch, bucket):
     return report(kernel(family, arch, bucket), source(family).text, body_formats(model(family).lowered))
 
 
-everywhere = [
-    pytest.mark.parametrize("bucket", ["few", "many"]),
-    pytest.mark.parametrize("arch", ARCHES),
-    pytest.mark.parametrize("family", FAMILIES),
-]
-
-
-def each_kernel(test):
-    for mark in everywhere:
-        test = mark(test)
-    return test
+each_kernel = pytest.mark.parametrize(("family", "arch", "bucket"), CASES)
 
 
 @each_kernel
@@ -49,8 +39,7 @@ def test_it_keeps_the_rules_of_synchronisation(family, arch, bucket):
     assert lint(kernel(family, arch, bucket).ptx) == []
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "arch"), FEW)
 def test_one_row_is_bound_by_bytes_not_by_issue(family, arch):
     machine = machine_for(f"sm_{arch}")
     matrices = [b for b in reported(family, arch, "few").branches if b.format]

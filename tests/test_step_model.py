@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_every_track_of_the_timeline_is_the_whole_step():
     for worker in (0, 47, 131):
         track = sorted((e for e in events if e["tid"] == worker), key=lambda e: e["ts"])
         assert sum(e["dur"] for e in track) == pytest.approx(step.us)
-        for before, after in zip(track, track[1:], strict=False):
+        for before, after in pairwise(track):
             assert after["ts"] == pytest.approx(before["ts"] + before["dur"])
     names = {e["name"] for e in events}
     assert {"q_k_v 0", "down 35", "embed", "commit", "wait", "launch"} <= names
