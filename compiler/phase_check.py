@@ -20,7 +20,7 @@ from ..codegen.cpu.render import render_step
 from ..ir.access import stored
 from ..ir.bodies import attend_splits
 from ..ir.graph import Graph, Program
-from ..ir.limits import PAGE_TOKENS, PARTIAL_HEADER, partial_floats
+from ..ir.limits import PAGE_RUN, PAGE_TOKENS, PARTIAL_HEADER, partial_floats
 from ..ir.op import Op
 from ..ir.ops import Append, Attend, Linear
 from ..ir.phases import Phase
@@ -164,8 +164,10 @@ class Stepper:
         g = next(i for i, group in enumerate(groups) if layer in group.layers)
         dtype, per = (ml_dtypes.bfloat16, 2) if self.schedule.limits.kv_dtype == "bf16" else (np.float32, 1)
         pages = self.backend.state.pages[g, 0, : -(-len(self.tokens) // PAGE_TOKENS)]
-        pool = memory.kv[g].reshape(memory.kv_pages[g], len(groups[g].layers), kind.kv_heads, -1)
-        tiles = pool[pages, groups[g].layers.index(layer)].view(dtype).astype(np.float32)  # [pages, heads, values]
+        pool = memory.pool(g, len(groups[g].layers) * kind.kv_heads)
+        first = groups[g].layers.index(layer) * kind.kv_heads
+        tiles = pool[:, first : first + kind.kv_heads][pages // PAGE_RUN, :, pages % PAGE_RUN]  # [pages, heads, bytes]
+        tiles = np.ascontiguousarray(tiles).view(dtype).astype(np.float32)
         k, v = np.split(tiles, 2, axis=2)
         shape = (len(pages), kind.kv_heads)
         k = k.reshape(*shape, -1, PAGE_TOKENS, per).transpose(0, 3, 1, 2, 4)

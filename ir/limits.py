@@ -13,6 +13,7 @@ from typing import Any
 from .errors import expect
 
 PAGE_TOKENS = 64  # tokens per KV page: one tile of every kernel
+PAGE_RUN = 4  # pages whose tiles of one head lie together: a stream that jumps every 32 KiB is 8 % slower
 SPLIT_TOKENS = 256  # tokens per attention split; fixed, so the order of sums depends on the position alone
 PARTIAL_HEADER = 16  # floats before an attention partial's outputs: maximum, sum, padding to a cache line
 STOP_TOKENS = 16  # stop tokens per slot
@@ -69,6 +70,14 @@ def partial_floats(head_dim: int) -> int:
 def kv_tile_bytes(head_dim: int, limits: Limits) -> int:
     """Bytes of one KV tile: keys and values of PAGE_TOKENS tokens of one kv head, head_dim padded to 16."""
     return 2 * PAGE_TOKENS * -(-head_dim // 16) * 16 * {"bf16": 2, "f32": 4}[limits.kv_dtype]
+
+
+def kv_pool_bytes(pages: int, page_bytes: int) -> int:
+    """Bytes of one cache group's pool, [runs][layers][kv_heads][PAGE_RUN] tiles: whole runs of pages.
+
+    Page p is place p % PAGE_RUN of run p // PAGE_RUN; `page_bytes`: its tiles of all layers and kv heads.
+    """
+    return -(-pages // PAGE_RUN) * PAGE_RUN * page_bytes
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import HostError, LoadError, UsageError
+from ..ir.limits import PAGE_RUN
 from .backend import StepFault
 from .manifest import MAX_GROUPS, Manifest, Target
 from .memory import Memory
@@ -118,7 +119,9 @@ class CpuBackend:
         return raw.view(np.float32).reshape(outputs, stride)[:, : self._manifest.vocab]
 
     def zero_pages(self, group: int, pages: NDArray[np.int32]) -> None:
-        self._memory.kv[group].reshape(self._memory.kv_pages[group], -1)[pages] = 0
+        cache = self._manifest.caches[group]
+        pool = self._memory.pool(group, cache.layers * cache.kv_heads)
+        pool[pages // PAGE_RUN, :, pages % PAGE_RUN] = 0
 
     def read_gbps(self) -> float:
         weights = self._memory.weights

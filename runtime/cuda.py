@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import HostError, LoadError, OnelaunchError, UsageError
+from ..ir.limits import PAGE_RUN
 from .artifact import Artifact
 from .backend import StepFault
 from .cuda_driver import Context, CudaError, Device, Driver, NoDevice, release
@@ -238,13 +239,13 @@ class CudaBackend:
         return host.view(np.float32).reshape(outputs, stride)[:, : self._manifest.vocab]
 
     def zero_pages(self, group: int, pages: NDArray[np.int32]) -> None:
-        size = self._manifest.caches[group].page_bytes
-        runs = np.split(pages, np.flatnonzero(np.diff(pages) != 1) + 1)
+        cache = self._manifest.caches[group]
+        tile, heads = cache.tile_bytes, cache.layers * cache.kv_heads
         with self._ready():
-            for run in runs:
-                if len(run):
-                    at = self._at[f"kv{group}"] + int(run[0]) * size
-                    self._call("cuMemsetD8Async", at, 0, len(run) * size, self._stream)
+            for page in pages.tolist():  # its tiles are PAGE_RUN tiles apart
+                run, place = divmod(page, PAGE_RUN)
+                at = self._at[f"kv{group}"] + (run * heads * PAGE_RUN + place) * tile
+                self._call("cuMemsetD2D8Async", at, PAGE_RUN * tile, 0, tile, heads, self._stream)
 
     def read_gbps(self) -> float:
         """Bandwidth of device-to-device copies of the weights, bytes read and bytes written together.

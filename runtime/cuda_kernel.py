@@ -10,7 +10,6 @@ from ..ir.errors import HostError, LoadError, UsageError
 from .cuda_driver import Context, CudaError, Driver, release, release_number
 from .cuda_target import CudaTarget, Entry
 
-STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory a kernel may have without asking
 WRONG_CUBIN = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
 
 
@@ -50,9 +49,9 @@ class Kernel:
         """Check a kernel and give it its shared memory; how many of its blocks an SM holds."""
         self._check_parameters(entry, function)
         self._check_limits(entry, function)
-        if entry.shared > STATIC_SHARED:
-            most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self.call("cuFuncSetAttribute", function, most, entry.shared)
+        # Always: without it the limit is 48 KiB less what the kernel holds statically, which varies.
+        most = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self.call("cuFuncSetAttribute", function, most, entry.shared)
         occupancy = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
         return int(self.call(occupancy, function, entry.threads, entry.shared))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..ir.errors import HostError
+from ..ir.limits import kv_pool_bytes
 from .cuda_driver import Context
 from .cuda_state import WORD
 from .cuda_target import BUCKETS, CudaTarget
@@ -15,7 +16,7 @@ from .memory import GUARD
 def memory_plan(manifest: Manifest, target: CudaTarget, weights: int, kv_pages: Sequence[int]) -> dict[str, int]:
     """Bytes of device memory by kernel parameter, without the tables: they are small."""
     groups = zip(manifest.caches, kv_pages, strict=True)
-    caches = {f"kv{g}": group.page_bytes * pages for g, (group, pages) in enumerate(groups)}
+    caches = {f"kv{g}": kv_pool_bytes(pages, group.page_bytes) for g, (group, pages) in enumerate(groups)}
     return {
         "control": len(BUCKETS) * control_bytes(target),
         "weights": weights + GUARD,  # kernels prefetch past the last tile

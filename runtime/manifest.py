@@ -39,7 +39,7 @@ class CacheGroup:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page: its tiles of every layer and kv head, side by side."""
+        """Bytes of one page: its tiles of every layer and kv head."""
         return self.layers * self.kv_heads * self.tile_bytes
 
 

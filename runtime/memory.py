@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import HostError
+from ..ir.limits import PAGE_RUN, kv_pool_bytes
 from .manifest import Manifest
 
 HUGE_PAGE = 2 << 20
@@ -51,7 +52,7 @@ class Buffer:
 class Memory:
     """Everything a backend works on. `tables` is int32 [2 buckets, workers, records, 32], the rest is bytes.
 
-    `kv[g]` holds group g as [kv_pages[g], layers, kv_heads] tiles: a short context touches few memory pages.
+    `kv[g]` holds cache group g; `pool` shows its tiles. A short context touches few memory pages.
     """
 
     tables: NDArray[np.int32]
@@ -72,7 +73,7 @@ class Memory:
         workspace = Buffer(manifest.workspace_bytes, "the workspace")
         state = Buffer(manifest.state_bytes, "the step state")
         kv = [
-            Buffer(group.layers * group.kv_heads * pages * group.tile_bytes, f"the KV cache ({pages} pages)")
+            Buffer(kv_pool_bytes(pages, group.page_bytes), f"the KV cache ({pages} pages)")
             for group, pages in zip(manifest.caches, kv_pages, strict=True)
         ]
         return cls(
@@ -84,3 +85,8 @@ class Memory:
             kv_pages=tuple(kv_pages),
             buffers=(table, weights, workspace, state, *kv),
         )
+
+    def pool(self, group: int, heads: int) -> Bytes:
+        """Cache group `group` as [runs, heads = layers * kv_heads, PAGE_RUN, tile bytes]; see kv_pool_bytes."""
+        runs = -(-self.kv_pages[group] // PAGE_RUN)
+        return self.kv[group].reshape(runs, heads, PAGE_RUN, -1)

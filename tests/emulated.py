@@ -17,7 +17,7 @@ import torch
 from onelaunch.codegen.triton.build import WARPS, load_module, signature
 from onelaunch.codegen.triton.render import render_kernel
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
-from onelaunch.ir.limits import Limits, kv_tile_bytes, state_bytes, state_fields
+from onelaunch.ir.limits import Limits, kv_pool_bytes, kv_tile_bytes, state_bytes, state_fields
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.table import cache_groups, lower
 from onelaunch.models.importer import import_checkpoint
@@ -66,7 +66,7 @@ class EmulatedStep:
         self.control = {b: np.zeros(self.source.control_words, np.int32) for b in BUCKETS}
         pages = limits.slots * limits.pages
         sizes = [len(g.layers) * g.type.kv_heads * kv_tile_bytes(g.type.head_dim, limits) for g in groups]
-        self.kv = [np.zeros(pages * size, np.uint8) for size in sizes]
+        self.kv = [np.zeros(kv_pool_bytes(pages, size), np.uint8) for size in sizes]
         for slot in range(limits.slots):  # pages out of order, as a long-running cache has them
             self.state["pages"][:, slot] = np.arange(limits.pages)[::-1] * limits.slots + slot
         self.state["slot_limit"][:], self.state["slot_stop"][:] = limits.context, -1

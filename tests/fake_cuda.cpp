@@ -146,6 +146,14 @@ EXPORT int cuMemsetD8Async(Ptr at, unsigned char value, size_t size, void* strea
     if (int wrong = check_device("cuMemsetD8Async", at, size)) return wrong;
     return submit(stream, [=] { std::memset(reinterpret_cast<void*>(at), value, size); });
 }
+EXPORT int cuMemsetD2D8Async(Ptr at, size_t pitch, unsigned char value, size_t width, size_t height, void* stream) {
+    ENTER(CURRENT, "cuMemsetD2D8Async", pitch, int(value), width, height);
+    if (!height || width > pitch) return INVALID_VALUE;
+    if (int wrong = check_device("cuMemsetD2D8Async", at, pitch * (height - 1) + width)) return wrong;
+    return submit(stream, [=] {
+        for (size_t row = 0; row < height; row++) std::memset(reinterpret_cast<void*>(at + pitch * row), value, width);
+    });
+}
 
 EXPORT int cuStreamCreate(void** stream, unsigned flags) {
     ENTER(NO_CAPTURE, "cuStreamCreate", flags);
@@ -224,7 +232,8 @@ EXPORT int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t,
         ENTRY(cuModuleGetFunction), ENTRY(cuFuncGetAttribute), ENTRY(cuFuncSetAttribute), ENTRY(cuFuncGetParamInfo),
         ENTRY(cuOccupancyMaxActiveBlocksPerMultiprocessor), ENTRY(cuMemGetInfo), ENTRY(cuMemAlloc), ENTRY(cuMemFree),
         ENTRY(cuMemHostRegister), ENTRY(cuMemHostUnregister), ENTRY(cuMemcpyHtoD), ENTRY(cuMemcpyHtoDAsync), ENTRY(cuMemcpyDtoHAsync),
-        ENTRY(cuMemcpyDtoDAsync), ENTRY(cuMemsetD8Async), ENTRY(cuStreamCreate), ENTRY(cuStreamDestroy), ENTRY(cuStreamSynchronize),
+        ENTRY(cuMemcpyDtoDAsync), ENTRY(cuMemsetD8Async), ENTRY(cuMemsetD2D8Async),
+        ENTRY(cuStreamCreate), ENTRY(cuStreamDestroy), ENTRY(cuStreamSynchronize),
         ENTRY(cuStreamBeginCapture), ENTRY(cuStreamEndCapture), ENTRY(cuLaunchKernelEx), ENTRY(cuGraphInstantiateWithFlags),
         ENTRY(cuGraphUpload), ENTRY(cuGraphLaunch), ENTRY(cuGraphDestroy), ENTRY(cuGraphExecDestroy), ENTRY(cuEventCreate),
         ENTRY(cuEventDestroy), ENTRY(cuEventRecord), ENTRY(cuEventRecordWithFlags), ENTRY(cuEventElapsedTime), ENTRY(cuGetProcAddress_v2),

@@ -26,7 +26,7 @@ struct Config { unsigned grid[3], block[3], shared; void* stream; Attribute* att
 
 // A fake cubin is text: "sm_90 entry=few,many params=table,control,..".
 struct Module;
-struct Function { Module* module; std::string name; int shared_allowed = 48 << 10; };
+struct Function { Module* module; std::string name; int shared_allowed = 0; };
 struct Module { std::string arch; std::map<std::string, Function> functions; std::vector<std::string> params; };
 struct Stream { std::vector<Job> queue, captured; bool capturing = false; };
 struct Graph { std::vector<Job> jobs; };

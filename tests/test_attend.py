@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from onelaunch.ir.limits import PAGE_RUN
 from onelaunch.tests.native import build, host_levels
 
 LOG2E = 1.4426950408889634
@@ -24,7 +25,7 @@ class KvHead(ctypes.Structure):
     _fields_ = (
         ("base", ctypes.c_void_p),
         ("pages", ctypes.c_void_p),
-        ("tile_stride", ctypes.c_size_t),
+        ("run_stride", ctypes.c_size_t),
         ("head_dim", ctypes.c_int),
         ("soft_cap", ctypes.c_float),
         ("after", ctypes.c_void_p),
@@ -62,12 +63,13 @@ class Cache:
         pages = -(-context // 64)
         order = rng.permutation(ring or pages).astype(np.int32)
         self.table = order[np.arange(pages) % len(order)].copy()
-        stride = self.tile + 64  # not dense: the stride is the caller's
-        self.memory = aligned(stride * len(order))
+        stride = PAGE_RUN * self.tile + 64  # not dense: the stride is the caller's
+        self.memory = aligned(stride * -(-len(order) // PAGE_RUN))
         self.memory[:] = 0x7F
         self.head = KvHead(self.memory.ctypes.data, self.table.ctypes.data, stride, dim, 0.0, None)
         for token in range(context):
-            tile = self.memory.ctypes.data + stride * int(self.table[token // 64])
+            run, place = divmod(int(self.table[token // 64]), PAGE_RUN)
+            tile = self.memory.ctypes.data + stride * run + self.tile * place
             k, v = self.k[token].ctypes.data, self.v[token].ctypes.data
             self.lib.harness_append(
                 self.f32, ctypes.c_void_p(tile), token % 64, ctypes.c_void_p(k), ctypes.c_void_p(v), dim

@@ -22,7 +22,7 @@ struct Toy {
     template <class T> T* field(int64_t offset) { return reinterpret_cast<T*>(m.state + offset); }
     int32_t* tile(int g, int copy, int slot, int position) {
         int32_t page = field<int32_t>(AT_pages)[(g * SLOTS + slot) * PAGES + position / 64];
-        return reinterpret_cast<int32_t*>(m.kv[g] + (int64_t(page) * COPIES[g] + copy) * TILE_BYTES[g]);
+        return reinterpret_cast<int32_t*>(m.kv[g] + ((int64_t(page / 4) * COPIES[g] + copy) * 4 + page % 4) * TILE_BYTES[g]);
     }
     void append(int r);
     int64_t checksum(int r);

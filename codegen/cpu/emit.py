@@ -181,7 +181,8 @@ def _append(op: Append, half: str, d: int, group: int) -> list[str]:
         "const int slot = s.state.row_slot()[row], position = s.state.row_position()[row];",
         f"const int page = s.pages(r[ARGS + {group}], slot)[position / PAGE_TOKENS];",
         f"uint8_t* head = s.kv_head(r[ARGS + {group}], r[LAYER], {op.kv.cache.kv_heads}, u, {d});",
-        f"append_{half}<Kv>(head + page * KV_PAGE_BYTES[r[ARGS + {group}]], position % PAGE_TOKENS, out, {d});",
+        f"head += kv_page_offset<Kv>(page, KV_RUN_BYTES[r[ARGS + {group}]], {d});",
+        f"append_{half}<Kv>(head, position % PAGE_TOKENS, out, {d});",
     ]
 
 

@@ -18,6 +18,7 @@ from ...ir.errors import expect
 from ...ir.graph import Graph
 from ...ir.limits import (
     ALIGN,
+    PAGE_RUN,
     PAGE_TOKENS,
     PARTIAL_HEADER,
     SPLIT_TOKENS,
@@ -69,6 +70,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
         record_words=RECORD_WORDS,
         align=ALIGN,
         page_tokens=PAGE_TOKENS,
+        page_run=PAGE_RUN,
         split_tokens=SPLIT_TOKENS,
         partial_header=PARTIAL_HEADER,
         head_dim_max=HEAD_DIM_MAX,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ...ir.limits import PAGE_RUN
 from ...ir.op import Op
 from ...ir.ops import Append, ElementwiseOp, HeadNorm, Rope
 from ...ir.phases import Phase
@@ -148,6 +149,7 @@ def append_lines(
         "page = tl.load(page_at, mask=live, other=0)",
         "t = position % 64",
         f"kv = kv_of(group, {kv_names})",
-        f"tile = kv + page.to(tl.int64) * page_elements(group) + (layer * {cache.kv_heads} + u) * {128 * dim}",
+        f"head = kv + (layer * {cache.kv_heads} + u).to(tl.int64) * {PAGE_RUN * 128 * dim}",
+        f"tile = head + (page // {PAGE_RUN}).to(tl.int64) * run_elements(group) + page % {PAGE_RUN} * {128 * dim}",
         f"tl.store(tile + {place}, x.to(kv.dtype.element_ty), mask=keep)",
     ]

@@ -18,6 +18,7 @@ from ...ir.errors import expect
 from ...ir.graph import Graph
 from ...ir.limits import (
     ALIGN,
+    PAGE_RUN,
     PARTIAL_HEADER,
     SPLIT_TOKENS,
     STOP_TOKENS,
@@ -157,21 +158,21 @@ class Renderer:
         return "\n".join(constants) + "\n\n\n" + text + "\n\n" + self._group_functions()
 
     def _group_functions(self) -> str:
-        """Which cache pool a group's number means, and the elements of one of its pages."""
+        """Which cache pool a group's number means, and the elements of one run of its pages."""
         names = ", ".join(self.kv_names)
         lines = ["@triton.jit", f"def kv_of(group, {names}):", "    kv = kv0"]
         for i, name in list(enumerate(self.kv_names))[1:]:
             lines += [f"    if group == {i}:", f"        kv = {name}"]
-        lines += ["    return kv", "", "", "@triton.jit", "def page_elements(group):"]
-        sizes = [self._page_elements(g) for g in self.groups]
+        lines += ["    return kv", "", "", "@triton.jit", "def run_elements(group):"]
+        sizes = [self._run_elements(g) for g in self.groups]
         lines.append(f"    elements = tl.full((), {sizes[0]}, tl.int64)")
         for i, size in list(enumerate(sizes))[1:]:
             lines.append(f"    elements = tl.where(group == {i}, {size}, elements)")
         return "\n".join([*lines, "    return elements", ""])
 
-    def _page_elements(self, group: CacheGroup) -> int:
+    def _run_elements(self, group: CacheGroup) -> int:
         size = kv_tile_bytes(group.type.head_dim, self.limits)
-        return len(group.layers) * group.type.kv_heads * size // kv_element(self.limits)
+        return PAGE_RUN * len(group.layers) * group.type.kv_heads * size // kv_element(self.limits)
 
     def _body(self, graph: Graph, phase: Phase, name: str, args: Args) -> str:
         numbers = {key: i for i, key in enumerate(args)}
@@ -295,6 +296,7 @@ class Renderer:
                 value_words=32 * dim,
                 value_elements=64 * dim,
                 tile_elements=128 * dim,
+                page_run=PAGE_RUN,
                 partial_floats=partial_floats(cache.head_dim),
                 partial_header=PARTIAL_HEADER,
                 split_tokens=SPLIT_TOKENS,

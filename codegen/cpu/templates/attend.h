@@ -16,7 +16,7 @@
 
 constexpr int SPLIT_TOKENS = 256, PAGE_BLOCKS = PAGE_TOKENS / 16;
 constexpr int QUERIES_MAX = OL_LEVEL == 2 ? 6 : OL_LEVEL == 1 ? 4 : 2;  // queries of one pass
-constexpr int AHEAD = 4096;  // bytes between a load and the prefetch beside it
+constexpr int AHEAD = 12288;  // bytes between a load and the prefetch beside it
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float EMPTY = -1e30f;  // the maximum of no scores
 
@@ -154,7 +154,9 @@ struct Pass {
     }
   }
 
-  const uint8_t* tile(int page) const { return kv.base + kv.tile_stride * size_t(kv.pages[page]); }
+  const uint8_t* tile(int page) const {
+    return kv.base + kv_page_offset<KV>(kv.pages[page], kv.run_stride, kv.head_dim);
+  }
 
   // Scores of blocks first..last-1 of 16 tokens. A score is the sum over even rows of K plus the sum over odd
   // rows: a single sum would wait for its own latency. So two rows are one row of eight blocks here.

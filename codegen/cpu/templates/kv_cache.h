@@ -3,11 +3,12 @@
 // A tile holds 64 tokens of one kv head, K part then V part, every element in a 32-bit lane:
 //   KvBf16   K [dim/2][64 tokens][2]    V [32 token pairs][dim][2]     bf16
 //   KvF32    K [dim][64 tokens]         V [64 tokens][dim]             f32
-// dim = head_dim padded to 16. Slots not yet written must hold finite numbers: zero the cache once.
+// dim = head_dim padded to 16. PAGE_RUN pages' tiles of a head lie together, so that a split is one stream.
+// Slots not yet written must hold finite numbers: zero the cache once.
 #pragma once
 #include "simd.h"
 
-constexpr int PAGE_TOKENS = 64, HEAD_DIM_MAX = 256;
+constexpr int PAGE_TOKENS = 64, PAGE_RUN = 4, HEAD_DIM_MAX = 256;
 
 struct KvBf16 {
   static constexpr int per_lane = 2;
@@ -33,7 +34,7 @@ struct KvF32 {
 struct KvHead {
   const uint8_t* base;     // tile of page 0
   const int32_t* pages;    // page of token t: pages[t / 64]
-  size_t tile_stride;      // bytes from one page's tile to the next page's
+  size_t run_stride;       // bytes from one run of PAGE_RUN pages' tiles to the next
   int head_dim;
   float soft_cap;          // logits become cap * tanh(logit / cap); 0: off
   const uint8_t* after;    // what this worker reads next, for the last prefetches; may be null
@@ -43,6 +44,12 @@ inline int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }
 
 template <class KV>
 size_t kv_tile_bytes(int head_dim) { return size_t(2 * PAGE_TOKENS * 4 / KV::per_lane) * padded_dim(head_dim); }
+
+// Where a page's tile lies behind the tile of page 0 of the same head.
+template <class KV>
+size_t kv_page_offset(int page, size_t run_stride, int head_dim) {
+  return run_stride * size_t(page / PAGE_RUN) + kv_tile_bytes<KV>(head_dim) * size_t(page % PAGE_RUN);
+}
 
 // Values to lanes of the cache's type, zeros up to the padded dim.
 template <class KV>

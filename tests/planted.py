@@ -1,0 +1,174 @@
+"""Faults planted into a compiled step, for every rung that should notice them.
+
+A fault changes one of three things: a schedule (before it is lowered), the task tables of all buckets, or the text
+of the generated kernel. `seen_by` names the rungs that must notice it:
+
+    grid       the whole kernel, interpreted, all programs live, with a race detector (test_triton_concurrent.py)
+    emulator   the compiled PTX, thread by thread (test_triton_step.py)
+    lint       the synchronisation lint of compiled code
+
+Barriers between the threads of a program are invisible to the first: there a program is sequential.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from onelaunch.ir.access import accesses
+from onelaunch.ir.schedule import Buffer, Schedule, phase_of
+from onelaunch.ir.table import END, FIELDS
+
+Tables = dict[str, np.ndarray]  # per bucket, int32 [workers, records, RECORD_WORDS]
+WORD = {name: i for i, name in enumerate(FIELDS)}
+GRID, EMULATOR, LINT = "grid", "emulator", "lint"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`apply(schedule, random)`, `apply(tables, random)` or `apply(text)`; gives a changed copy."""
+
+    name: str
+    kind: str  # schedule | table | source
+    seen_by: frozenset[str]
+    apply: Callable[..., Any]
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def _fault(kind: str, *seen_by: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        FAULTS[function.__name__] = Fault(function.__name__, kind, frozenset(seen_by), function)
+        return function
+
+    return register
+
+
+def faults(kind: str, rung: str) -> list[Fault]:
+    """The faults of one kind that a rung must notice."""
+    return [f for f in FAULTS.values() if f.kind == kind and rung in f.seen_by]
+
+
+# ---- task tables --------------------------------------------------------------------------------
+
+
+def _edit(tables: Tables, random: Random, event: str, change: dict[str, int | None]) -> Tables:
+    """Change one record of the decode bucket that has an event in the word `event`: add to words, or make them -1.
+
+    A worker whose drain has no tile in the step that is run (fewer rows or outputs than workers) does not need what
+    it waits for: nobody can notice then.
+    """
+    table = tables["few"].copy()
+    found = np.argwhere((table[:, :, WORD["body"]] != END) & (table[:, :, WORD[event]] >= 0))
+    worker, number = random.choice(found.tolist())
+    for word, by in change.items():
+        record = table[worker, number]
+        record[WORD[word]] = -1 if by is None else record[WORD[word]] + by
+    return {**tables, "few": table}
+
+
+@_fault("table", GRID, EMULATOR)
+def dropped_wait(tables: Tables, random: Random) -> Tables:
+    return _edit(tables, random, "wait0", {"wait0": None})
+
+
+@_fault("table", GRID, EMULATOR)
+def target_too_low(tables: Tables, random: Random) -> Tables:
+    """A wait that lets go one signal early."""
+    return _edit(tables, random, "wait0", {"target0": -1})
+
+
+@_fault("table", GRID, EMULATOR)
+def target_too_high(tables: Tables, random: Random) -> Tables:
+    """A wait for one signal more than come."""
+    return _edit(tables, random, "wait0", {"target0": 1})
+
+
+@_fault("table", GRID, EMULATOR)
+def dropped_signal(tables: Tables, random: Random) -> Tables:
+    return _edit(tables, random, "signal", {"signal": None})
+
+
+@_fault("table", GRID, EMULATOR)
+def swapped_buckets(tables: Tables, random: Random) -> Tables:
+    """The prompt step runs the decode step's table: its buffers hold fewer rows."""
+    return {"few": tables["few"], "many": tables["few"]}
+
+
+# ---- schedules ----------------------------------------------------------------------------------
+
+
+def _replaced(schedule: Schedule, old: Buffer, **changes: Any) -> Schedule:
+    buffers = tuple(dataclasses.replace(b, **changes) if b is old else b for b in schedule.buffers)
+    return dataclasses.replace(schedule, buffers=buffers)
+
+
+@_fault("schedule", GRID, EMULATOR)
+def early_reuse(schedule: Schedule, random: Random) -> Schedule:
+    """A phase writes its result over what its other tiles still read."""
+    pairs = []
+    for section in schedule.sections:
+        graph = schedule.graph(section.name)
+        for task in section.queues[0]:
+            if phase_of(graph, task.phase).anchor_kind not in ("linear", "attend"):
+                continue
+            found = [a for a in accesses(graph, task) if a.value != "state" and not a.value.startswith("kv")]
+            kept = [a for a in found if a.value not in ("token",) and not a.value.endswith(".max")]
+            read = {schedule.buffer(section.name, a.value) for a in kept if not a.write}
+            written = {schedule.buffer(section.name, a.value) for a in kept if a.write}
+            pairs += [(r, w) for r in read for w in written if w is not r and r.offset != w.offset]
+    read, written = random.choice(sorted(pairs, key=lambda p: (p[0].name, p[1].name)))
+    return _replaced(schedule, written, offset=read.offset)
+
+
+@_fault("schedule", GRID, EMULATOR)
+def shared_panel(schedule: Schedule, random: Random) -> Schedule:
+    """A panel that every worker fills for itself lies at one place for all."""
+    private = sorted((b for b in schedule.buffers if b.private and ".panel." in b.name), key=lambda b: b.name)
+    return _replaced(schedule, random.choice(private), private=False)
+
+
+# ---- text of the kernel -------------------------------------------------------------------------
+
+
+def _without(text: str, old: str, new: str = "") -> str:
+    assert old in text, f"the generated kernel has no `{old}` any more"
+    return text.replace(old, new)
+
+
+def _function(text: str, name: str, old: str, new: str = "") -> str:
+    """Replace inside one function of the module."""
+    start = text.index(f"def {name}(")
+    end = text.find("\n@triton.jit", start)
+    return text[:start] + _without(text[start:end], old, new) + text[end:]
+
+
+@_fault("source", GRID, EMULATOR)
+def relaxed_signal(text: str) -> str:
+    """A task's results may become visible after its signal."""
+    return _function(text, "signal", 'sem="release"', 'sem="relaxed"')
+
+
+@_fault("source", GRID, EMULATOR)
+def relaxed_wait(text: str) -> str:
+    """What follows a wait may read what was there before."""
+    text = _function(text, "wait", 'sem="acquire"', 'sem="relaxed"')
+    return _function(text, "wait", "ld.acquire.gpu", "ld.relaxed.gpu")
+
+
+@_fault("source", EMULATOR, LINT)
+def no_barrier_after_wait(text: str) -> str:
+    """One thread has waited; the others go on at once."""
+    return _function(text, "wait", "            tl.debug_barrier()\n")
+
+
+@_fault("source", EMULATOR)
+def no_barrier_before_heads(text: str) -> str:
+    """The epilogue of whole heads reads a unit's memory that other threads are still writing."""
+    return _without(text, "[:, None], y)\n            tl.debug_barrier()\n", "[:, None], y)\n")
