@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +22,11 @@ from ...ir.errors import CompileError, HostError
 from ...ir.limits import Limits
 
 WARPS = 8
-OPTIONS = {"num_stages": 3, "launch_cooperative_grid": True}
-REGISTERS = 255  # a thread's limit on every architecture we know
+REGISTERS = 255  # a thread's limit on every architecture we know; one CTA of 256 threads may use them all
+# What depends on the thread's number alone leaves the table loop and would be held, or spilled, all along it.
+# The variable takes names of any LLVM switches, for Triton to turn on.
+LLVM_SWITCHES = {"DISABLE_LLVM_OPT": "sink-insts-to-avoid-spills"}
+OPTIONS = {"num_stages": 3, "maxnreg": REGISTERS, "launch_cooperative_grid": True}
 KV_TYPES = {"bf16": "*bf16", "f32": "*fp32"}
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # Triton appends both; null when unused
 
@@ -59,6 +63,21 @@ def signature(limits: Limits, kv_names: Sequence[str]) -> dict[str, str]:
     return {**pointers, **kv, "records": "i32"}
 
 
+@contextmanager
+def llvm_switches() -> Iterator[None]:
+    """Within it Triton compiles with LLVM_SWITCHES."""
+    before = {name: os.environ.get(name) for name in LLVM_SWITCHES}
+    os.environ.update(LLVM_SWITCHES)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def load_module(text: str) -> ModuleType:
     """The generated text as a module; Triton finds its source through linecache."""
     name = f"onelaunch_step_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -87,9 +106,10 @@ def compile_kernel(
     names = list(step.arg_names)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
     source = ASTSource(fn=step, signature=types, constexprs={}, attrs=aligned)
-    options = {"num_warps": warps, **OPTIONS}
+    options = OPTIONS | {"num_warps": warps}
     try:
-        made: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        with llvm_switches():
+            made: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:
         raise CompileError(f"sm_{arch}: Triton could not compile the step: {str(error).splitlines()[0]}") from error
     ptx = portable(made.asm["ptx"])

@@ -40,6 +40,7 @@ class Reader:
     """The Triton view of an integer format: scale * (code - zero) + minimum.
 
     codes:   for each group g of 4 k of a block, the expression of a word with 4 unsigned codes
+    upper:   where the bits past four of each group lie: plane, shift to the left, mask
     scale:   expression of the scale of each part of a block (two parts where 16 k share one), of `scales`
     minimum: expression of what is added, '' = nothing
     single:  expression of one code, of `code` at `code_byte` and, where there is one, `extra` at `extra_byte`;
@@ -50,6 +51,7 @@ class Reader:
     block_words: int
     planes: tuple[Plane, ...]
     codes: tuple[str, ...]
+    upper: tuple[tuple[str, int, str], ...]
     scales: tuple[Scale, ...]
     scale: tuple[str, ...]
     minimum: str
@@ -67,7 +69,7 @@ class Reader:
     @property
     def held(self) -> str:
         """Names of what a thread keeps of one block."""
-        return ", ".join(p.name for p in (*self.planes, *self.scales))
+        return ", ".join([p.name for p in self.planes] + [s.name for s in self.scales])
 
 
 @dataclass(frozen=True)
@@ -91,22 +93,25 @@ class DenseReader:
         return BLOCK_K // self.line_k * self.words
 
 
-_LOW = "& 0x0F0F0F0F"
+def _upper(fmt: Format) -> tuple[tuple[str, int, str], ...]:
+    """For each group of 4 k: the plane with the bits past four, how far left they move, and the mask then."""
+    if fmt.bits == 5:
+        return tuple(("h0", 4 - g, "0x10101010") for g in range(8))
+    if fmt.bits == 6:
+        return tuple((f"h{g // 4}", 4 - 2 * (g % 4), "0x30303030") for g in range(8))
+    return ()
 
 
 def _codes(fmt: Format) -> tuple[str, ...]:
     """Four codes of each group g, from the planes `w*` and, for the bits past four, `h*`."""
     if fmt.bits == 8:
         return tuple(f"w{g}" for g in range(8))
-    nibbles = [f"(w{g} {_LOW})" if g < 4 else f"((w{g - 4} >> 4) {_LOW})" for g in range(8)]
-    if fmt.bits == 5:
-        fifth = [f"(h0 << {4 - g})" if g <= 4 else f"(h0 >> {g - 4})" for g in range(8)]
-        return tuple(f"{n} | ({f} & 0x10101010)" for n, f in zip(nibbles, fifth, strict=True))
-    if fmt.bits == 6:
-        shifts = ["<< 4", "<< 2", ">> 0", ">> 2"]
-        pairs = [f"(h{g // 4} {shifts[g % 4]})" for g in range(8)]
-        return tuple(f"{n} | ({p} & 0x30303030)" for n, p in zip(nibbles, pairs, strict=True))
-    return tuple(nibbles)
+    codes = [f"w{g}" if g < 4 else f"(w{g - 4} >> 4)" for g in range(8)]
+    codes = [f"({code} & 0x0F0F0F0F)" for code in codes]
+    for g, (plane, shift, mask) in enumerate(_upper(fmt)):
+        moved = f"({plane} << {shift})" if shift >= 0 else f"({plane} >> {-shift})"
+        codes[g] += f" | ({moved} & {mask})"
+    return tuple(codes)
 
 
 def _planes(fmt: Format) -> tuple[Plane, ...]:
@@ -151,8 +156,8 @@ def _integer(fmt: Format) -> Reader:
     scales, scale, minimum = _scales(fmt)
     tail = fmt.packed_tail_bytes // WORD
     return Reader(
-        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _codes(fmt), scales, scale, minimum, fmt.zero,
-        8 if tail else 1, tail, *_single(fmt),
+        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _codes(fmt), _upper(fmt), scales, scale, minimum,
+        fmt.zero, 8 if tail else 1, tail, *_single(fmt),
     )  # fmt: skip
 
 

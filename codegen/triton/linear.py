@@ -16,6 +16,7 @@ from ...ir.bodies import UNIT_ROWS
 from ...ir.schedule import STRATEGIES
 from ..rendering import template
 from .build import WARPS
+from .dots import ROWS, dot_asm
 from .formats import PANEL_WORDS, DenseReader, Reader, reader
 from .rows import PANEL_TYPES
 
@@ -81,6 +82,15 @@ def _core(fmt: Reader | DenseReader, strategy: str) -> str:
         counts = {"one": (1, 1), "several": (part, rows // part)}
         values["variants"] = [(name, m, parts) for name, (m, parts) in counts.items()]
         values["joined"] = {name: JOINED[parts].format(rows=rows) for name, (_, parts) in counts.items()}
+    if isinstance(fmt, Reader) and strategy == "vector":
+        asm, constraints = dot_asm(fmt)
+        values |= {
+            "asm": asm,
+            "constraints": constraints,
+            "asm_rows": ROWS,
+            "planes": ", ".join(p.name for p in fmt.planes),
+            "outputs": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
+        }
     if dense:
         values |= {
             "panel_type": PANEL_TYPES["bf16" if fmt.name == "bf16" else "f32"],

@@ -194,9 +194,7 @@ class Renderer:
     def _row_count(self, value: Value) -> int:
         return self.state["n_outputs" if value.tensor.shape[0] == OUTPUTS else "n_rows"]
 
-    def _pack(
-        self, graph: Graph, phase: Phase, name: str, numbers: dict[str, int], common: dict[str, Any]
-    ) -> str:
+    def _pack(self, graph: Graph, phase: Phase, name: str, numbers: dict[str, int], common: dict[str, Any]) -> str:
         x, kind = phase.anchor[0].operands[0], name.removeprefix("pack.")
         source = graph.producer(x)
         attended = source if isinstance(source, Attend) and not phase.prologue else None
