@@ -130,13 +130,22 @@ class _Source:
         call = instruction.lines[-1] if instruction.lines else 0
         return call if call in self.branches else 0
 
-    def function(self, loop: Loop) -> str:
-        """The innermost function that holds all of a loop."""
-        chains = [i.lines[::-1] for i in loop.code if i.lines]
-        shared = 0
-        while len({c[shared] if shared < len(c) else 0 for c in chains}) == 1:
-            shared += 1
-        line = max(c[shared] if shared < len(c) else c[-1] for c in chains)
+    def function(self, loop: Loop, loads: list[Instruction]) -> str:
+        """The innermost function that has all of a loop's loads, and all but a few of its instructions."""
+        chains = [self._chain(i) for i in loop.code]
+        found = ""
+        for depth, name in enumerate(self._chain(loads[0])):
+            inside = sum(chain[depth : depth + 1] == [name] for chain in chains)
+            if inside < 0.8 * len(chains) or any(self._chain(i)[depth : depth + 1] != [name] for i in loads):
+                break
+            found = name
+        return found
+
+    def _chain(self, instruction: Instruction) -> list[str]:
+        """Names of functions, the kernel first."""
+        return [self._at(line) for line in reversed(instruction.lines)]
+
+    def _at(self, line: int) -> str:
         return next((f.name for f in self.functions if f.lineno <= line <= (f.end_lineno or 0)), "")
 
 
@@ -149,7 +158,7 @@ def _main_loops(text: _Source, loops: list[Loop], line: int, threads: int, bits:
     # What a pipelined loop loads ahead of its first iteration is in the loop around it.
     around = {outer for loop in loops if loop.number in loads for outer in loop.outer}
     return tuple(
-        _main_loop(text.function(loop), loop, loads[loop.number], threads, bits)
+        _main_loop(text.function(loop, loads[loop.number]), loop, loads[loop.number], threads, bits)
         for loop in loops
         if loop.number in loads.keys() - around
     )

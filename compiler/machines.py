@@ -77,9 +77,8 @@ class Machine:
     Tensor rates are dense, accumulating in float32 (int8: in int32); None: the hardware has no such path. The
     clock is the boost clock, so issue budgets are upper bounds; bandwidth is the printed one, so floors are lower
     bounds. launch: a graph replay to the first instruction; boundary: between two kernels of a graph; join: the
-    last signal to the last waiter going on. read_fraction: of the bandwidth, what a kernel that only reads gets;
-    sm_share: how many times its even share of the bandwidth one SM can draw while others idle; l2_bytes_per_clock:
-    what one SM can read from L2. `evidence` has one entry per figure present.
+    last signal to the last waiter going on. read_fraction: what reading gets of the bandwidth; sm_share: even shares
+    that one SM can draw alone; l2_bytes_per_clock: of one SM. `evidence` has one entry per figure present.
     """
 
     name: str
@@ -112,10 +111,7 @@ class Machine:
     path: Path = field(repr=False, compare=False)
 
     def issue_budget(self, bits_per_weight: float) -> float:
-        """Thread-instructions per weight at which issue takes as long as reading; aim at half.
-
-        For a format this is `issue_budget(fmt.packed_bits)`; scales count as bits of the weights they belong to.
-        """
+        """Thread-instructions per weight at which issue takes as long as reading, for `packed_bits`; aim at half."""
         per_second = self.sms * ISSUE_LANES * self.boost_mhz * 1e6
         return per_second / (self.bandwidth_gb_s * 1e9 / (bits_per_weight / 8))
 

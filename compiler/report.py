@@ -32,7 +32,7 @@ def overview(artifact: Artifact, gbps: float) -> Row:
         "family": m.family,
         "onelaunch": m.raw.get("onelaunch", ""),
         "source": m.raw.get("source", {}),
-        "targets": {t.name: m.raw["targets"][t.name].get("compiler", "") for t in m.targets},
+        "targets": {name: _compiler(entry) for name, entry in m.raw["targets"].items()},
         "threads": list(m.threads),
         "limits": m.limits.as_dict(),
         "numerics": m.raw.get("numerics", ""),
@@ -46,6 +46,10 @@ def overview(artifact: Artifact, gbps: float) -> Row:
         "floor_ms": step / gbps * 1e-6,
         "ir": sorted(name.partition("/")[2] for name in m.files if name.startswith("ir/")),
     }
+
+
+def _compiler(entry: Row) -> str:
+    return f"Triton {entry['triton']}, ptxas {entry['ptxas']}" if entry.get("kind") == "cuda" else entry["compiler"]
 
 
 def summary_lines(found: Row) -> list[str]:
@@ -176,9 +180,8 @@ def _operations(phase: Phase, depth: int) -> int:
 # ---- schedule and memory --------------------------------------------------------------------------------
 
 
-def queue(artifact: Artifact, worker: int) -> list[Row]:
-    """What one worker of the stored schedule does in each section, in order."""
-    schedule = stored_schedule(artifact)
+def queue(schedule: Schedule, worker: int) -> list[Row]:
+    """What one worker of a schedule does in each section, in order."""
     found = []
     for section in schedule.sections:
         layers = len(schedule.program.kind_layers(section.name)) or 1

@@ -45,6 +45,12 @@ class Instruction:
         """The opcode without its modifiers."""
         return self.opcode.split(".")[0]
 
+    def leaves(self) -> bool:
+        """It never goes on to the next one. A branch may have its condition as an operand before its label."""
+        if self.name == "BRA":
+            return not self.predicated and re.match(r"\S+\s+`", self.text) is not None
+        return self.name in (*BRANCHES, "EXIT", "RET") and not self.predicated
+
     def load_bits(self) -> int:
         """Bits one thread reads from global memory, or copies from there to shared memory; 0: it does neither."""
         if self.name not in ("LDG", "LDGSTS"):
@@ -94,8 +100,7 @@ class Code:
         graph.add_nodes_from(range(len(self.instructions)))
         for i, instruction in enumerate(self.instructions):
             graph.add_edges_from((i, index[self.labels[label]]) for label in instruction.targets)
-            leaves = instruction.name in (*BRANCHES, "EXIT", "RET") and not instruction.predicated
-            if not leaves and i + 1 < len(self.instructions):
+            if not instruction.leaves() and i + 1 < len(self.instructions):
                 graph.add_edge(i, i + 1)
         return graph.subgraph({0} | nx.descendants(graph, 0)).copy()
 

@@ -44,7 +44,7 @@ def joins(schedule: Schedule, table: np.ndarray) -> list[Joins]:
 
 def reading_faults(schedule: Schedule, table: np.ndarray, bodies: Bodies, plan: WeightPlan) -> list[str]:
     """Which weight bytes a step does not read exactly once; empty: all are."""
-    reads = sorted(_reads(schedule, table, bodies))
+    reads = sorted(_reads(schedule, table, bodies, plan))
     found = [
         f"bytes {b[0]}..{min(a[1], b[1])} of the weights are read twice" for a, b in pairwise(reads) if b[0] < a[1]
     ]
@@ -55,42 +55,44 @@ def reading_faults(schedule: Schedule, table: np.ndarray, bodies: Bodies, plan: 
         else:
             merged.append([start, end])
     starts = [start for start, _ in merged]
-    for key, start, end in _matrices(schedule, plan):
+    for key, start, end, _ in _matrices(schedule, plan):
         i = int(np.searchsorted(starts, start, "right")) - 1
         if i < 0 or merged[i][1] < end:
             found.append(f"weight `{key}`: bytes {start}..{end} are not all read")
-    size = sum(end - start for _, start, end in _matrices(schedule, plan))
+    size = sum(end - start for _, start, end, _ in _matrices(schedule, plan))
     total = sum(end - start for start, end in reads)
     if not found and total != size:
         found.append(f"expected {size} bytes of matrices to be read, got {total}")
     return found
 
 
-def _matrices(schedule: Schedule, plan: WeightPlan) -> Iterator[tuple[str, int, int]]:
-    """(key, first byte, end) of every matrix of the step."""
+def _matrices(schedule: Schedule, plan: WeightPlan) -> Iterator[tuple[str, int, int, int]]:
+    """(key, first byte, end, bytes of a unit) of every matrix of the step."""
     for graph, layer in schedule.program.sections():
         for phase in graph.phases:
             for part in parts(phase) if phase.anchor_kind == "linear" else ():
-                start = plan.offset(packed_name(part), layer)
-                yield packed_name(part), start, start + part_units(phase, part) * unit_bytes(phase, part)
+                start, size = plan.offset(packed_name(part), layer), unit_bytes(phase, part)
+                yield packed_name(part), start, start + part_units(phase, part) * size, size
 
 
-def _reads(schedule: Schedule, table: np.ndarray, bodies: Bodies) -> Iterator[tuple[int, int]]:
+def _reads(schedule: Schedule, table: np.ndarray, bodies: Bodies, plan: WeightPlan) -> Iterator[tuple[int, int]]:
     """Byte ranges of weights that the records of a table read."""
-    sizes = _unit_sizes(schedule, bodies)
+    words = _weight_words(schedule, bodies)
+    sizes = {start: size for _, start, _, size in _matrices(schedule, plan)}
     for record in table[table[:, :, AT["body"]] != END].tolist():
-        if record[0] in sizes:
-            word, size = sizes[record[0]]
-            start = record[ARGS + word] * ALIGN
+        if record[0] in words:
+            start = record[ARGS + words[record[0]]] * ALIGN
+            size = sizes.get(start, 0)  # of a matrix that is none nothing is read, so bytes are missed elsewhere
             yield start + record[AT["first"]] * size, start + record[AT["last"]] * size
 
 
-def _unit_sizes(schedule: Schedule, bodies: Bodies) -> dict[int, tuple[int, int]]:
-    """Code of a body that reads a matrix -> (the argument that is its offset, bytes of a unit)."""
-    found: dict[int, tuple[int, int]] = {}
+def _weight_words(schedule: Schedule, bodies: Bodies) -> dict[int, int]:
+    """Code of a body that reads a matrix -> which argument is the matrix's offset."""
+    found: dict[int, int] = {}
     for graph, phase, name in all_bodies(schedule.program):
         if phase.anchor_kind == "linear" and not name.startswith("pack."):
             part, body = part_of(phase, name), bodies[graph.name, phase.name, name]
-            word = next(i for i, a in enumerate(body.args) if (a.kind, a.name) == ("weight", packed_name(part)))
-            found[body.code] = word, unit_bytes(phase, part)
+            found[body.code] = next(
+                i for i, a in enumerate(body.args) if (a.kind, a.name) == ("weight", packed_name(part))
+            )
     return found

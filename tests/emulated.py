@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from onelaunch.codegen.triton.build import OPTIONS, WARPS, llvm_switches, load_module, signature
 from onelaunch.codegen.triton.render import render_kernel
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
+from onelaunch.ir.formats import FORMATS, Format
 from onelaunch.ir.limits import Limits, kv_pool_bytes, kv_tile_bytes, state_bytes, state_fields
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.table import cache_groups, lower
@@ -37,6 +39,53 @@ def emulator():
     import ptxemu
 
     return ptxemu
+
+
+def save_mixed(path: Path, layers: int = 2, width: int = 256, vocab: int = 300, seed: int = 0) -> Path:
+    """A random llama in a GGUF whose matrices are of every block format and f16, no two of a layer alike."""
+    formats = iter(
+        ["q4_1", "q5_0", "q8_0", "q4_k", "q4_0", "q4_0", "q6_k"] + ["q5_k", "f16", "f16", "q4_1"] + ["q8_0"] * 3
+    )
+    random, writer = np.random.default_rng(seed), gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(vocab)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    _add_random(writer, "token_embd", FORMATS["q6_k"], vocab, width, random)
+    for i in range(layers):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", 1 + 0.2 * random.standard_normal(width).astype(np.float32))
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            rows = width // 2 if name in ("attn_k", "attn_v") else width
+            _add_random(writer, f"blk.{i}.{name}", FORMATS[next(formats)], rows, width, random)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_random(writer, name: str, fmt: Format, rows: int, width: int, random) -> None:
+    """A matrix of random codes, its scales such that weights are about width ** -0.5."""
+    if fmt.name == "f16":
+        values = random.standard_normal((rows, width)).astype(np.float16) * np.float16(width**-0.5)
+        writer.add_tensor(f"{name}.weight", values)
+        return
+    raw = random.integers(0, 256, (rows, width // fmt.disk_block, fmt.record.itemsize), np.uint8)
+    records = raw.view(fmt.record)[..., 0]
+    largest = 2.0 ** (fmt.bits - 1) * (32 if fmt.scale == "super" else 1)
+    records["d"] = random.uniform(1, 2, records.shape) * 2 * width**-0.5 / largest
+    if fmt.has_min:
+        records["m"] = records["d"] * (1 if fmt.scale == "super" else -(2.0 ** (fmt.bits - 1)))
+    if fmt.bits == 6:
+        records["scales"] = random.integers(-32, 32, records["scales"].shape)
+    data = records.view(np.uint8).reshape(rows, -1)
+    writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[fmt.name.upper()])
 
 
 class EmulatedStep:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...ir.errors import UsageError
+from .tables import Asked, table, texts
 from .words import Json, human_int, print_json
 
 if TYPE_CHECKING:
@@ -22,31 +24,50 @@ def _view(name: str, help: str) -> Any:
 def command(
     artifact: Annotated[str, typer.Argument(help="A .ola file or an artifact folder")],
     tensors: Annotated[bool, _view("--tensors", "Packed tensors: formats, bits, bytes")] = False,
-    phases: Annotated[bool, _view("--phases", "Phases: bytes, operations, time")] = False,
+    phases: Annotated[bool, _view("--phases", "Phases: bytes, operations, time; of a GPU modelled")] = False,
     schedule: Annotated[bool, _view("--schedule", "The queue of one worker")] = False,
     memory: Annotated[bool, _view("--memory", "The buffers of the workspace")] = False,
     ir: Annotated[str, typer.Option(metavar="PASS", help="The IR text after a pass", rich_help_panel=VIEW)] = "",
     source: Annotated[bool, _view("--source", "The generated code")] = False,
+    ptx: Annotated[bool, _view("--ptx", "A GPU's kernels as PTX")] = False,
+    sass: Annotated[bool, _view("--sass", "A GPU's kernels as machine code")] = False,
+    mix: Annotated[bool, _view("--mix", "A GPU's kernels: registers, shared memory, instructions per weight")] = False,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a GPU's modelled step for ui.perfetto.dev", rich_help_panel=VIEW),
+    ] = None,
+    target: Annotated[str, typer.Option(metavar="NAME", help="Target or GPU to show: cpu, sm_90, h200",
+                                        show_default="cpu, if there is one")] = "",
     worker: Annotated[int, typer.Option(min=0, help="Worker whose queue is shown")] = 0,
     depth: Annotated[int, typer.Option(parser=human_int, metavar="N", help="Cached tokens that costs are for")] = 0,  # type: ignore[assignment]
     gbps: Annotated[
-        float | None, typer.Option(min=0.001, help="Read bandwidth that times are for", show_default="measured here")
+        float | None,
+        typer.Option(min=0.001, help="Read bandwidth that times are for", show_default="measured here, or the GPU's"),
     ] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Show what an artifact holds, how it runs and what a step costs"""
     chosen = [n for n, on in (("tensors", tensors), ("phases", phases), ("schedule", schedule), ("memory", memory),
-                              ("ir", ir), ("source", source)) if on]  # fmt: skip
+                              ("ir", ir), ("source", source), ("ptx", ptx), ("sass", sass), ("mix", mix),
+                              ("timeline", timeline)) if on]  # fmt: skip
     if len(chosen) > 1:
         raise UsageError(f"inspect: expected one view, got {', '.join('--' + c for c in chosen)}")
     from ...runtime.artifact import Artifact
     from .. import report
+    from ..gpu_report import find_target
     from ..ondemand import find_artifact
+    from .inspect_gpu import VIEWS, show
 
     opened = Artifact.open(find_artifact(artifact, "inspect"))
-    view = chosen[0] if chosen else ""
+    view, gpu = chosen[0] if chosen else "", find_target(opened, target)
+    if view in VIEWS and gpu is not None:
+        show(gpu, view, Asked(worker, depth, gbps, timeline, json))
+        return
+    if view in VIEWS.keys() - TABLES.keys() - {"source"}:
+        hint = "name one of the artifact: --target sm_90"
+        raise UsageError(f"--{view}: expected a GPU target, got the CPU's", hint=hint)
     if view in ("ir", "source"):
-        _texts(report.sources(opened) if source else [report.ir_text(opened, ir)], json)
+        texts(report.sources(opened) if source else [report.ir_text(opened, ir)], json)
         return
     bandwidth = _bandwidth(gbps) if view in ("", "phases") else 0.0
     if not view:
@@ -55,7 +76,7 @@ def command(
     rows = {
         "tensors": lambda: report.tensors(opened),
         "phases": lambda: report.phases(opened, bandwidth, depth),
-        "schedule": lambda: report.queue(opened, worker),
+        "schedule": lambda: report.queue(report.stored_schedule(opened), worker),
         "memory": lambda: report.memory(opened),
     }[view]()
     print_json(rows) if json else TABLES[view](rows, bandwidth, depth)
@@ -65,14 +86,6 @@ def _bandwidth(given: float | None) -> float:
     from ..doctor import read_bandwidth
 
     return given or read_bandwidth()
-
-
-def _texts(texts: list[tuple[str, str]], json: bool) -> None:
-    if json:
-        print_json([{"file": name, "text": text} for name, text in texts])
-        return
-    for _, text in texts:
-        print(text, end="")
 
 
 def _overview(artifact: Artifact, gbps: float, json: bool) -> None:
@@ -91,23 +104,6 @@ def _overview(artifact: Artifact, gbps: float, json: bool) -> None:
     for line in report.summary_lines(found):
         print(line)
     print(f"ir         {', '.join(found['ir'])}")
-
-
-def table(title: str, columns: list[tuple[str, str]], rows: list[list[str]]) -> None:
-    """Print a table; columns are (name, left or right). Plain text where stdout is no terminal."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
-    for name, justify in columns:
-        made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for row in rows:
-        made.add_row(*row)
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=400)  # a pipe has no width to fit into
-    console.print(made)
 
 
 def _tensors(rows: list[dict[str, Any]], gbps: float, depth: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .inspect import table as print_table
+from .tables import table as print_table
 from .words import Json, print_json
 
 COLUMNS = ("name", "arch", "sms", "boost_mhz", "memory_gb", "bandwidth_gb_s", "issue_4bit", "ms_per_gb", "title")

@@ -1,0 +1,140 @@
+"""What each record of a step of one row asks of its worker: bytes, instructions, dependent round trips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..ir.formats import FORMATS
+from ..ir.graph import Graph
+from ..ir.limits import SPLIT_TOKENS, partial_floats
+from ..ir.ops import Attend, Embed
+from ..ir.phases import Phase
+from ..ir.schedule import Section, Task, padded, part_name, parts, unit_bytes
+from .kernel_report import KernelReport
+
+INSTRUCTIONS_PER_WEIGHT = {4: 3.2, 8: 2.5}  # where no kernel was measured: what ours must not exceed, by bits
+INSTRUCTIONS_PER_VALUE = 12  # of an activation or a cached key or value, all kinds of bodies
+ROUND_TRIPS = {"pack": 2, "linear": 2, "attend": 4, "rows": 3, "sample": 6, "commit": 3}  # record, operands, store
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a body that reads a matrix: thread-instructions per weight, bytes a worker has in flight (None: enough).
+
+    In flight is what one iteration of the main loop reads: it is asked for while the one before is computed.
+    """
+
+    per_weight: float
+    in_flight: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one record asks of a worker. `memory`: bytes of weights and cache; `near`: bytes read from L2.
+
+    trips: round trips to L2 that wait for each other; prefetched: bytes of later weights it asks for at its end.
+    """
+
+    body: str = ""
+    memory: float = 0
+    near: float = 0
+    instructions: float = 0
+    trips: int = 0
+    in_flight: float | None = None
+    prefetched: float = 0
+
+
+def total(records: tuple[Work, ...]) -> Work:
+    """All of a worker's records of one phase."""
+    flights = [r.in_flight for r in records if r.in_flight is not None]
+    return Work(
+        "", sum(r.memory for r in records), sum(r.near for r in records), sum(r.instructions for r in records),
+        sum(r.trips for r in records), min(flights, default=None), max((r.prefetched for r in records), default=0),
+    )  # fmt: skip
+
+
+def measured_costs(found: KernelReport) -> dict[str, Cost]:
+    """Costs of the bodies of a compiled kernel for few rows, by title: of the loop that serves one row."""
+    costs: dict[str, Cost] = {}
+    for branch in found.branches:
+        if branch.loops:
+            cheapest = min(branch.loops, key=lambda loop: loop.per_weight)
+            costs |= dict.fromkeys(branch.titles, Cost(cheapest.per_weight, cheapest.bytes))
+    return costs
+
+
+def phase_records(
+    graph: Graph, phase: Phase, section: Section, worker: int, costs: Mapping[str, Cost], depth: int
+) -> tuple[Work, ...]:
+    tasks = [t for t in section.queues[worker] if t.phase == phase.name]
+    return tuple(_record(graph, phase, task, worker, costs, depth) for task in tasks)
+
+
+def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[str, Cost], depth: int) -> Work:
+    """One record of a step of one row."""
+    kind = "pack" if task.body.startswith("pack.") else phase.anchor_kind
+    if kind == "linear":
+        found = _matrix(graph, phase, task, costs)
+    elif kind == "attend":
+        found = _attend(phase, task, worker, depth)
+    elif kind == "pack" or worker == 0:  # drains of one row are worker 0's
+        found = _rows(graph, phase, kind, depth)
+    else:
+        found = Work()
+    idle = not (found.memory or found.near or kind == "commit")  # the record is read, and nothing is to do
+    prefetched = task.prefetch.size if task.prefetch else 0
+    return replace(found, body=task.body, trips=1 if idle else ROUND_TRIPS[kind], prefetched=prefetched)
+
+
+def _matrix(graph: Graph, phase: Phase, task: Task, costs: Mapping[str, Cost]) -> Work:
+    part = next(p for p in parts(phase) if part_name(p) == task.body)
+    weight = part[0].operands[1].tensor
+    fmt, units = FORMATS[weight.dtype], task.last - task.first
+    size = units * unit_bytes(phase, part)
+    default = Cost(INSTRUCTIONS_PER_WEIGHT.get(4 if fmt.bits < 8 else 8, 2.0))
+    cost = costs.get(f"{graph.name}.{phase.name}.{task.body}", default)
+    weights = size * 8 / fmt.packed_bits
+    return Work(memory=size, instructions=weights * cost.per_weight, in_flight=cost.in_flight)
+
+
+def _attend(phase: Phase, task: Task, worker: int, depth: int) -> Work:
+    """Tiles of (kv head, split) dealt out in turn."""
+    op = phase.anchor[0]
+    assert isinstance(op, Attend)
+    cache = op.kv.cache
+    seen = min(depth + 1, cache.window or depth + 1)
+    splits = -(-seen // SPLIT_TOKENS)
+    tiles = len(range(worker, splits * cache.kv_heads, task.step))
+    values = tiles * 2 * cache.head_dim * min(seen, SPLIT_TOKENS)
+    return Work(memory=2 * values, instructions=values * op.group * INSTRUCTIONS_PER_VALUE)
+
+
+def _rows(graph: Graph, phase: Phase, kind: str, depth: int) -> Work:
+    """Bodies that work on one whole row of activations."""
+    values, memory = 0.0, 0.0
+    for op in phase.prologue if kind == "pack" else phase.anchor:
+        if isinstance(op, Embed):
+            memory += FORMATS[op.table.tensor.dtype].packed_bits / 8 * op.table.tensor.width
+        values += max((padded(v.tensor.width) for v in op.operands if _is_row(v)), default=0)
+    if kind == "pack" and not phase.prologue:
+        source = phase.anchor[0].operands[0]
+        values += source.tensor.width * _partials(graph, source.name, depth)
+    if kind == "sample":
+        values /= 32  # greedy: maxima of tiles, not logits
+    return Work(memory=memory, near=4 * values, instructions=values * INSTRUCTIONS_PER_VALUE)
+
+
+def _is_row(value: object) -> bool:
+    kind = getattr(value, "type", None)
+    return getattr(kind, "dtype", "") == "f32" and len(getattr(kind, "shape", ())) == 2
+
+
+def _partials(graph: Graph, name: str, depth: int) -> float:
+    """Floats per value that a pack of attention's output reads: one partial per split."""
+    producer = next((op for op in graph.ops if op.out.name == name), None)
+    if not isinstance(producer, Attend):
+        return 1.0
+    cache = producer.kv.cache
+    seen = min(depth + 1, cache.window or depth + 1)
+    return -(-seen // SPLIT_TOKENS) * partial_floats(cache.head_dim) / cache.head_dim

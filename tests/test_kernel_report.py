@@ -1,0 +1,90 @@
+"""What ships, read from the machine code: every family and every architecture, without a GPU.
+
+The models are small, but K is long enough for the main loops to be loops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from compiled_kernels import CASES, FEW, LIMITS, kernel, model, source
+
+from onelaunch.codegen.triton.build import compile_kernel
+from onelaunch.compiler.kernel_report import alone, body_formats, budget, problems, report
+from onelaunch.compiler.machines import machine_for
+from onelaunch.compiler.sync_lint import lint
+
+# Thread-instructions per weight at one row that the issue allows on sm_90, by the bits of a code.
+MOST = {4: 3.2, 8: 2.5}
+BITS = {"q4_0": 4, "q4_1": 4, "q4_k": 4, "q8_0": 8}
+
+
+@cache
+def reported(family, arch, bucket):
+    return report(kernel(family, arch, bucket), source(family).text, body_formats(model(family).lowered))
+
+
+each_kernel = pytest.mark.parametrize(("family", "arch", "bucket"), CASES)
+
+
+@each_kernel
+def test_it_spills_nothing_fits_the_machine_and_reads_weights_by_16_bytes(family, arch, bucket):
+    assert problems(reported(family, arch, bucket), machine_for(f"sm_{arch}")) == []
+
+
+@each_kernel
+def test_it_keeps_the_rules_of_synchronisation(family, arch, bucket):
+    assert lint(kernel(family, arch, bucket).ptx) == []
+
+
+@pytest.mark.parametrize(("family", "arch"), FEW)
+def test_one_row_is_bound_by_bytes_not_by_issue(family, arch):
+    machine = machine_for(f"sm_{arch}")
+    matrices = [b for b in reported(family, arch, "few").branches if b.format]
+    assert {title for b in matrices for title in b.titles} == body_formats(model(family).lowered).keys()
+    for branch in matrices:
+        one = min(loop.per_weight for loop in branch.loops)
+        assert one < budget(branch, machine)
+        if arch == 90 and branch.format in BITS:
+            assert one <= MOST[BITS[branch.format]]
+
+
+def test_every_instruction_is_the_table_loops_or_a_branchs():
+    found = reported("qwen3", 90, "few")
+    assert found.loop + sum(b.instructions for b in found.branches) == sum(found.mix.values())
+    assert found.loop < 0.2 * sum(found.mix.values())
+
+
+def test_branches_cost_each_other_few_registers():
+    """The kernel needs what its worst branch needs alone, and little more."""
+    found = reported("qwen3", 90, "few")
+    worst = max(found.branches, key=lambda b: b.instructions)
+    text = alone(source("qwen3").text, found.entry, worst.function)
+    by_itself = compile_kernel(text, LIMITS, source("qwen3").kv_names, 90, "few")
+    assert found.registers <= by_itself.registers + 32
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"spills": 8}, "spilled bytes: expected at most 0, got 8"),
+        ({"local": 2}, "local memory instructions: expected at most 0, got 2"),
+        ({"shared": 300_000}, "dynamic shared bytes: expected at most 232448, got 300000"),
+        ({"warps": 16, "registers": 255}, "registers of 1 blocks: expected at most 65536, got 130560"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, reason):
+    found = replace(reported("qwen3", 90, "few"), **change)
+    assert any(reason in r for r in problems(found, machine_for("sm_90")))
+
+
+def test_narrow_loads_are_named():
+    found = reported("qwen3", 90, "few")
+    branch = next(b for b in found.branches if b.format)
+    narrow = replace(branch, loops=(replace(branch.loops[0], widths={32: 4}),))
+    reasons = problems(replace(found, branches=(narrow,)), machine_for("sm_90"))
+    assert any("expected 16-byte loads of codes, got 4 of 32 bits" in r for r in reasons)
+    none = problems(replace(found, branches=(replace(branch, loops=()),)), machine_for("sm_90"))
+    assert any("expected a loop with a load marked" in r for r in none)
