@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -141,8 +142,8 @@ class EmulatedStep:
         for token in tokens:
             s["slot_seen"][slot, token // 32] |= np.uint32(1 << token % 32)
 
-    def run(self, seed: int, table: np.ndarray | None = None):
-        """One step; the emulator's report."""
+    def run(self, seed: int, table: np.ndarray | None = None, change: Callable[[str], str] = str):
+        """One step; the emulator's report. `change` edits the compiled PTX."""
         bucket = "few" if self.state["n_rows"][0] <= self.limits.few_rows else "many"
         table = self.tables[bucket] if table is None else table
         kv_type = torch.bfloat16 if self.limits.kv_dtype == "bf16" else torch.float32
@@ -152,7 +153,7 @@ class EmulatedStep:
         tensors += [torch.from_numpy(a).view(kv_type) for a in self.kv]
         kernel = self.kernels[bucket]
         return emulator().emulate(
-            kernel.asm["ptx"], kernel.metadata, (len(table),), [*tensors, table.shape[1]],
+            change(kernel.asm["ptx"]), kernel.metadata, (len(table),), [*tensors, table.shape[1]],
             names=self.names, seed=seed, readonly=["weights", "table"],
         )  # fmt: skip
 

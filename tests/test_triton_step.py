@@ -5,6 +5,7 @@ interleavings, with a happens-before race detector.
 """
 
 import ast
+import re
 
 import numpy as np
 import pytest
@@ -92,16 +93,46 @@ def test_a_dropped_wait_of_a_matrix_is_noticed_within_a_few_interleavings(pair, 
     assert any(_notices(gpu, table, seed) for seed in range(6))
 
 
-def _notices(gpu, table, seed):
-    gpu.prompt(PROMPT[:1])
+def test_a_target_one_too_low_is_noticed(pair):
+    gpu, _ = pair
+    wait, target, step = (FIELDS.index(name) for name in ("wait0", "target0", "step"))
+    table = gpu.tables["few"]
+    waiting = np.argwhere((table[1:, :, wait] >= 0) & (table[1:, :, target] > 1) & (table[1:, :, step] == 1))
+    low = table.copy()
+    for worker, record in waiting:
+        low[1 + worker, record, target] -= 1
+    assert any(_notices(gpu, low, seed) for seed in range(8))
+
+
+PTX_FAULTS = {
+    "relaxed signal": lambda ptx: _edited(ptx, r"red\.global\.gpu\.release\.add", "red.global.gpu.relaxed.add"),
+    "relaxed wait": lambda ptx: _edited(ptx, r"ld\.acquire\.gpu", "ld.relaxed.gpu"),
+}
+
+
+@pytest.mark.parametrize("fault", PTX_FAULTS)
+def test_weaker_synchronisation_in_the_compiled_kernel_is_noticed(pair, fault):
+    gpu, _ = pair
+    runs = [(bucket, seed) for bucket in ("few", "many") for seed in range(4)]
+    assert any(_notices(gpu, gpu.tables[b], seed, PTX_FAULTS[fault], b) for b, seed in runs)
+
+
+def _edited(ptx, pattern, replacement):
+    changed, count = re.subn(pattern, replacement, ptx)
+    assert count
+    return changed
+
+
+def _notices(gpu, table, seed, change=str, bucket="few"):
+    gpu.prompt(PROMPT[:1] if bucket == "few" else PROMPT)
     gpu.workspace[:] = np.nan
-    gpu.control["few"][:] = 0  # whatever the run before left there
+    gpu.control[bucket][:] = 0  # whatever the run before left there
     try:
-        return bool(gpu.run(seed, table).races) or gpu.state["output_token"][0] < 0
+        return bool(gpu.run(seed, table, change).races) or gpu.state["output_token"][0] < 0
     except emulator().PTXError:
         return True
     finally:
-        gpu.control["few"][:] = 0
+        gpu.control[bucket][:] = 0
 
 
 def test_the_generated_module_reads_as_python_and_names_no_machine(pair):
