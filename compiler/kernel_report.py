@@ -21,7 +21,7 @@ from .machines import Machine
 from .sass import Instruction, Loop, disassemble
 
 CODES = "# codes"  # ends every line of generated source that loads codes of weights
-SPILLS = ("STL", "LDL")
+LOCAL = ("STL", "LDL")
 Formats = dict[str, str]  # title of a body that reads a matrix -> weight format
 
 
@@ -42,25 +42,29 @@ class MainLoop:
     mix: dict[str, int]
 
     @property
-    def wide(self) -> bool:
-        """Every load of codes reads 16 bytes or more."""
-        return all(bits >= 128 for bits in self.widths)
+    def narrow(self) -> bool:
+        """Loads of codes read less than 16 bytes, on tensor cores, where operands are small tiles, less than 4."""
+        return any(bits < (32 if self.kind == "matrix" else 128) for bits in self.widths)
 
 
 @dataclass(frozen=True)
 class Branch:
-    """What the table loop calls: a function, the titles of its bodies, their weight format ('' = no matrix)."""
+    """What the table loop calls: a function, the titles of its bodies, their weight format ('' = no matrix).
+
+    local: its instructions that access the stack.
+    """
 
     function: str
     titles: tuple[str, ...]
     format: str
     instructions: int
+    local: int
     loops: tuple[MainLoop, ...]
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One compiled kernel. Shared memory in bytes; `spills` counts spill bytes, `local` SASS accesses of the stack.
+    """One compiled kernel. Stack, shared memory and `spills` in bytes; a stack may hold arrays that no spill made.
 
     loop: instructions of the table loop itself, with its waits and signals.
     """
@@ -71,7 +75,6 @@ class KernelReport:
     registers: int
     stack: int
     spills: int
-    local: int
     static_shared: int
     shared: int
     mix: dict[str, int]
@@ -95,15 +98,16 @@ def report(kernel: Kernel, source: str, formats: Formats) -> KernelReport:
     code, text = disassemble(kernel.cubin), _Source(source, kernel.entry)
     loops = code.loops()
     owners = Counter(text.branch(i) for i in code.instructions)
+    local = Counter(text.branch(i) for i in code.instructions if i.name in LOCAL)
     branches = []
     for line, (function, titles) in sorted(text.branches.items()):
         fmt = next((formats[t] for t in titles if t in formats), "")
         found = _main_loops(text, loops, line, 32 * kernel.warps, FORMATS[fmt].bits) if fmt else ()
-        branches.append(Branch(function, titles, fmt, owners[line], found))
+        branches.append(Branch(function, titles, fmt, owners[line], local[line], found))
     mix = Counter(i.name for i in code.instructions)
     return KernelReport(
         kernel.arch, kernel.entry, kernel.warps, kernel.registers, kernel.stack, kernel.spills,
-        sum(mix[n] for n in SPILLS), kernel.static_shared, kernel.shared, dict(mix.most_common()), owners[0],
+        kernel.static_shared, kernel.shared, dict(mix.most_common()), owners[0],
         tuple(branches),
     )  # fmt: skip
 
@@ -132,16 +136,16 @@ class _Source:
 
     def function(self, loop: Loop, loads: list[Instruction]) -> str:
         """The innermost function that has all of a loop's loads, and all but a few of its instructions."""
-        chains = [self._chain(i) for i in loop.code]
+        chains = [self.chain(i) for i in loop.code]
         found = ""
-        for depth, name in enumerate(self._chain(loads[0])):
+        for depth, name in enumerate(self.chain(loads[0])):
             inside = sum(chain[depth : depth + 1] == [name] for chain in chains)
-            if inside < 0.8 * len(chains) or any(self._chain(i)[depth : depth + 1] != [name] for i in loads):
+            if inside < 0.8 * len(chains) or any(self.chain(i)[depth : depth + 1] != [name] for i in loads):
                 break
             found = name
         return found
 
-    def _chain(self, instruction: Instruction) -> list[str]:
+    def chain(self, instruction: Instruction) -> list[str]:
         """Names of functions, the kernel first."""
         return [self._at(line) for line in reversed(instruction.lines)]
 
@@ -150,18 +154,13 @@ class _Source:
 
 
 def _main_loops(text: _Source, loops: list[Loop], line: int, threads: int, bits: int) -> tuple[MainLoop, ...]:
-    loads = {}
-    for loop in loops:
-        found = [i for i in loop.code if text.branch(i) == line and i.lines[0] in text.marked and i.load_bits()]
-        if found:
-            loads[loop.number] = found
-    # What a pipelined loop loads ahead of its first iteration is in the loop around it.
-    around = {outer for loop in loops if loop.number in loads for outer in loop.outer}
-    return tuple(
-        _main_loop(text.function(loop, loads[loop.number]), loop, loads[loop.number], threads, bits)
-        for loop in loops
-        if loop.number in loads.keys() - around
-    )
+    """The shortest loop of each function that loads codes: first loads, made before a loop, are in those around it."""
+    found: dict[frozenset[tuple[str, ...]], tuple[Loop, list[Instruction]]] = {}
+    for loop in sorted(loops, key=lambda loop: len(loop.code)):
+        loads = [i for i in loop.code if text.branch(i) == line and i.lines[0] in text.marked and i.load_bits()]
+        if loads:
+            found.setdefault(frozenset(tuple(text.chain(i)) for i in loads), (loop, loads))
+    return tuple(_main_loop(text.function(loop, loads), loop, loads, threads, bits) for loop, loads in found.values())
 
 
 def _main_loop(function: str, loop: Loop, loads: list[Instruction], threads: int, bits: int) -> MainLoop:
@@ -183,8 +182,7 @@ def problems(found: KernelReport, machine: Machine, blocks: int = 1) -> list[str
     where = f"{found.arch} {found.entry}"
     checks = [
         ("spilled bytes", found.spills, 0),
-        ("stack bytes", found.stack, 0),
-        ("local memory instructions", found.local, 0),
+        ("local memory instructions where matrices are read", sum(b.local for b in found.branches if b.format), 0),
         ("registers per thread", found.registers, REGISTERS),
         (f"registers of {blocks} blocks", blocks * threads * found.registers, machine.registers_per_sm),
         (f"threads of {blocks} blocks", blocks * threads, machine.threads_per_sm),
@@ -196,7 +194,7 @@ def problems(found: KernelReport, machine: Machine, blocks: int = 1) -> list[str
         if branch.format and not branch.loops:
             reasons.append(f"{where}: `{branch.function}`: expected a loop with a load marked `{CODES}`, got none")
         for loop in branch.loops:
-            if not loop.wide:
+            if loop.narrow:
                 widths = ", ".join(f"{n} of {bits} bits" for bits, n in sorted(loop.widths.items()))
                 reasons.append(f"{where}: `{loop.function}`: expected 16-byte loads of codes, got {widths}")
     return reasons

@@ -64,8 +64,6 @@ class Instruction:
 class Loop:
     """Instructions that can all reach each other, in address order, less those of loops inside."""
 
-    number: int
-    outer: frozenset[int]  # numbers of the loops around it
     code: tuple[Instruction, ...]
 
     @property
@@ -84,14 +82,14 @@ class Code:
     def loops(self) -> list[Loop]:
         """All of them; an instruction is in the innermost loop that repeats it."""
         flow = self._flow()
-        around: dict[int, frozenset[int]] = {}
+        innermost: dict[int, int] = {}
         for number, nodes in enumerate(_nested(flow, flow)):
-            around |= {i: around.get(i, frozenset()) | {number} for i in nodes}
-        code: dict[frozenset[int], list[Instruction]] = {}
+            innermost |= dict.fromkeys(nodes, number)
+        code: dict[int, list[Instruction]] = {}
         for i, instruction in enumerate(self.instructions):
-            if i in around:
-                code.setdefault(around[i], []).append(instruction)
-        return [Loop(max(loops), loops - {max(loops)}, tuple(found)) for loops, found in code.items()]
+            if i in innermost:
+                code.setdefault(innermost[i], []).append(instruction)
+        return [Loop(tuple(found)) for found in code.values()]
 
     def _flow(self) -> nx.DiGraph:
         """Which instruction may follow which, by index. Reconvergence is where the code continues anyway."""
