@@ -1,7 +1,7 @@
 """A step of the GPU kernel in microseconds, from the task table's schedule and the machine's data.
 
-The step is a chain of phases with a join before each: all workers wait for the slowest of the phase before. What a
-worker does in a phase takes
+The step is a chain of phases with a join before each, unless every worker repeats the phase before for itself: all
+workers wait for the slowest of the phase before. What a worker does in a phase takes
 
     start    dependent round trips to L2 before weights flow, and activations it reads there
     stream   max(bytes / its share of the bandwidth, bytes / what its loads in flight allow, instructions / issue)
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..ir.phases import Phase
-from ..ir.schedule import Schedule, phase_of
+from ..ir.schedule import Schedule
 from .machines import ISSUE_LANES, Machine
 from .step_work import INSTRUCTIONS_PER_VALUE, INSTRUCTIONS_PER_WEIGHT, Cost, Work, phase_records, total
 
@@ -82,17 +82,16 @@ def model(schedule: Schedule, machine: Machine, costs: Mapping[str, Cost] | None
     costs = costs or {}
     layers = {s.name: len(schedule.program.kind_layers(s.name)) or 1 for s in schedule.sections}
     phases: list[PhaseTime] = []
-    ahead = Ahead((0.0,) * schedule.workers, 0.0)
+    ahead, joined = Ahead((0.0,) * schedule.workers, 0.0), False
     for section in schedule.sections:
         graph = schedule.graph(section.name)
         if section.heads:  # the section before prefetches these at its end
             ahead = Ahead(tuple(float(h.size) if h else 0.0 for h in section.heads), 0.0)
-        for event, _ in section.events:
-            phase = phase_of(graph, event)
+        for phase in graph.phases:
             records = tuple(phase_records(graph, phase, section, w, costs, depth) for w in range(schedule.workers))
-            timed = _time(phase, section.name, layers[section.name], records, ahead, machine, not phases)
+            timed = _time(phase, section.name, layers[section.name], records, ahead, machine, joined)
             phases.append(timed)
-            ahead = ahead.after(timed)
+            ahead, joined = ahead.after(timed), not section.repeats(phase)
     return StepModel(machine, schedule.workers, depth, tuple(phases), tuple(_assumptions(machine, costs)))
 
 
@@ -121,10 +120,10 @@ def _time(
     records: tuple[tuple[Work, ...], ...],
     ahead: Ahead,
     machine: Machine,
-    first: bool,
+    joined: bool,
 ) -> PhaseTime:
     work = [total(r) for r in records]
-    join = 0.0 if first else machine.join_us
+    join = machine.join_us if joined else 0.0
     clock = machine.boost_mhz  # per microsecond
     start = [w.trips * machine.l2_latency_us + w.near / (machine.l2_bytes_per_clock * clock) for w in work]
     issue = [w.instructions / (ISSUE_LANES * clock) for w in work]

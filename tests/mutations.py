@@ -202,6 +202,20 @@ def wrong_drain(schedule: Schedule, random: Random) -> Schedule | None:
     return _edit(schedule, random, lambda t: t.last == LIVE, change)
 
 
+@mutation
+def other_rows(schedule: Schedule, random: Random) -> Schedule | None:
+    """Workers share the rows of a phase that each should run in full, or the other way round."""
+    picked = _pick(schedule, random, lambda t: t.body == "rows")
+    if picked is None:
+        return None
+    section, queues, w, i = picked
+    phase, repeated, n = queues[w][i].phase, not queues[w][i].signal, len(queues)
+    for worker, queue in enumerate(queues):
+        place = (worker, n) if repeated else (0, 1)
+        queue[:] = [dataclasses.replace(t, first=place[0], step=place[1]) if t.phase == phase else t for t in queue]
+    return _with_queues(schedule, section, queues)
+
+
 def _buffers(schedule: Schedule, random: Random, change: Callable[[Buffer], Buffer]) -> Schedule:
     at = random.randrange(len(schedule.buffers))
     buffers = tuple(change(b) if i == at else b for i, b in enumerate(schedule.buffers))
