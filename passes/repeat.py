@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
-from ..ir.graph import Program
+from ..ir.graph import Graph, Program
 from ..ir.types import TensorType
 from .allocate import places
 
+Key = tuple[str, str]  # graph, phase
+EVERYBODY = ("rows", "attend")  # phases that every worker takes part in
 
-def repeated(program: Program) -> set[tuple[str, str]]:
+
+def repeated(program: Program) -> set[Key]:
     """The (graph, phase) of `rows` phases that every worker runs on all rows, each into a copy of its own.
 
     Nobody waits for such a phase; its workers wait for what it reads. It is the largest set for which
@@ -17,7 +21,8 @@ def repeated(program: Program) -> set[tuple[str, str]]:
     - a place that one of them writes is written by no phase outside: what others compute would reach one copy only.
       Places are those of `allocate.storage`, so the running activation is one from the first section to the last;
     - a shared place that one of them reads is written by one phase: a worker that has no tiles in the phases after
-      may read it late, when others have gone on.
+      may read it late, when others have gone on;
+    - before the next layer writes it, some phase of the layer has every worker take part and so waits for the late.
 
     Gemma adds to its running activation in `rows` phases alone; where epilogues of matrices add to it, none is
     repeated.
@@ -33,8 +38,22 @@ def repeated(program: Program) -> set[tuple[str, str]]:
     }
     while True:
         shared = {place for key in touched.keys() - found for place in touched[key][1]}
-        moved = shared & {place for place, count in writers.items() if count > 1}
-        kept = {key for key in found if not touched[key][0] & moved and not touched[key][1] & shared}
+        lasting = {place for place in shared if writers[place] == 1}
+        lasting -= {place for g in program.graphs for place in _overtaken(g, found, touched)}
+        kept = {key for key in found if touched[key][0] & shared <= lasting and not touched[key][1] & shared}
         if kept == found:
             return found
         found = kept
+
+
+def _overtaken(graph: Graph, found: set[Key], touched: Mapping[Key, tuple[set[str], set[str]]]) -> set[str]:
+    """Places that the next layer may write while a phase of `found` still reads them in this one."""
+    keys = [(graph.name, p.name) for p in graph.phases]
+    meetings = [i for i, p in enumerate(graph.phases) if p.anchor_kind in EVERYBODY and keys[i] not in found]
+    return {
+        place
+        for writer, maker in enumerate(keys)
+        for reader in range(writer + 1, len(keys))
+        for place in touched[maker][1] & touched[keys[reader]][0]
+        if keys[reader] in found and all(writer < i < reader for i in meetings)
+    }

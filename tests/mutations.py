@@ -74,7 +74,7 @@ def cycle(schedule: Schedule, random: Random) -> Schedule | None:
     """One more wait, mostly for something later."""
 
     def change(task: Task, section: Section) -> Task:
-        later = [e for e, _ in section.events]
+        later = [e for e, _ in section.events] or [PREVIOUS]
         return dataclasses.replace(task, waits=(*task.waits[:1], random.choice(later[len(later) // 2 :])))
 
     return _edit(schedule, random, lambda t: True, change)
@@ -123,7 +123,7 @@ def early_signal(schedule: Schedule, random: Random) -> Schedule | None:
 
 @mutation
 def wrong_target(schedule: Schedule, random: Random) -> Schedule | None:
-    section = random.choice(schedule.sections)
+    section = random.choice([s for s in schedule.sections if s.events])
     at, by = random.randrange(len(section.events)), random.choice([-1, 1])
     events = tuple((e, t + by * (i == at)) for i, (e, t) in enumerate(section.events))
     return _with_section(schedule, dataclasses.replace(section, events=events))
@@ -132,7 +132,8 @@ def wrong_target(schedule: Schedule, random: Random) -> Schedule | None:
 @mutation
 def wrong_end(schedule: Schedule, random: Random) -> Schedule | None:
     section = random.choice(schedule.sections)
-    return _with_section(schedule, dataclasses.replace(section, end=random.choice(section.events)[0]))
+    end = random.choice(["", *(e for e, _ in section.events)])
+    return _with_section(schedule, dataclasses.replace(section, end=end))
 
 
 @mutation
