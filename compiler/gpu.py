@@ -66,9 +66,10 @@ def render_gpu(gpus: Sequence[GpuTarget], lowered: Lowered, plan: WeightPlan) ->
         return None
     counts = sorted({count for gpu in gpus for count in gpu.workers})
     source = render_kernel(lowered.rendered(counts))
+    ahead = {n: min(m.ahead_bytes for gpu in gpus for m in gpu.machines if m.sms == n) for n in counts}
     tables = {
-        count: stack_tables({b: lower(s, source.bodies[b], plan) for b, s in lowered.schedules[count].items()})
-        for count in counts
+        n: stack_tables({b: lower(s, source.bodies[b], plan, ahead[n]) for b, s in lowered.schedules[n].items()})
+        for n in counts
     }
     return GpuCode(source, tables)
 

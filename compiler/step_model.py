@@ -7,7 +7,8 @@ workers wait for the slowest of the phase before. What a worker does in a phase 
     stream   max(bytes / its share of the bandwidth, bytes / what its loads in flight allow, instructions / issue)
 
 The bandwidth is shared as a network is: what one worker cannot draw, the others may. While workers are held at a
-join and start, memory answers what the records before have asked to be prefetched. Nothing here was measured.
+join, start, or draw less than memory could send, it sends what was asked for ahead (step_ahead.py). Nothing here
+was measured.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from functools import cached_property
 
 from ..ir.phases import Phase
 from ..ir.schedule import Schedule
+from ..ir.table import Asked
 from .machines import ISSUE_LANES, Machine
-from .step_work import INSTRUCTIONS_PER_VALUE, INSTRUCTIONS_PER_WEIGHT, Cost, Work, phase_records, total
+from .step_ahead import Ahead, Ask
+from .step_work import INSTRUCTIONS_PER_VALUE, INSTRUCTIONS_PER_WEIGHT, Cost, Share, Work, phase_records
 
 
 @dataclass(frozen=True)
@@ -82,32 +85,20 @@ def model(schedule: Schedule, machine: Machine, costs: Mapping[str, Cost] | None
     costs = costs or {}
     layers = {s.name: len(schedule.program.kind_layers(s.name)) or 1 for s in schedule.sections}
     phases: list[PhaseTime] = []
-    ahead, joined = Ahead((0.0,) * schedule.workers, 0.0), False
+    asked, ahead, joined = Asked(schedule, machine.ahead_bytes), Ahead(schedule.workers), False
     for section in schedule.sections:
         graph = schedule.graph(section.name)
-        if section.heads:  # the section before prefetches these at its end
-            ahead = Ahead(tuple(float(h.size) if h else 0.0 for h in section.heads), 0.0)
+        if section.heads:  # the section before asks for these at its end
+            sizes = [float(asked.head(section, w)) for w in range(schedule.workers)]
+            ahead.ask((h.weight if h else "", size) for h, size in zip(section.heads, sizes, strict=True))
         for phase in graph.phases:
-            records = tuple(phase_records(graph, phase, section, w, costs, depth) for w in range(schedule.workers))
-            timed = _time(phase, section.name, layers[section.name], records, ahead, machine, joined)
-            phases.append(timed)
-            ahead, joined = ahead.after(timed), not section.repeats(phase)
+            records = tuple(
+                phase_records(graph, phase, section, w, costs, asked, depth) for w in range(schedule.workers)
+            )
+            phases.append(_time(phase, section.name, layers[section.name], records, ahead, machine, joined))
+            ahead.ask(Share.of(r).asks for r in records)
+            joined = not section.repeats(phase)
     return StepModel(machine, schedule.workers, depth, tuple(phases), tuple(_assumptions(machine, costs)))
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """Bytes of the next matrices that each worker has asked for, and for how long already, microseconds."""
-
-    sizes: tuple[float, ...]
-    since: float
-
-    def after(self, phase: PhaseTime) -> Ahead:
-        asked = [total(records).prefetched for records in phase.records]
-        if phase.kind == "linear":  # who has no part in it goes on waiting with what it asked for
-            idle = [size * (not records) for size, records in zip(self.sizes, phase.records, strict=True)]
-            return Ahead(tuple(map(max, idle, asked)), 0.0)
-        return Ahead(tuple(map(max, self.sizes, asked)), self.since + phase.us * any(self.sizes))
 
 
 # ---- how long it takes ------------------------------------------------------------------------------------
@@ -122,27 +113,44 @@ def _time(
     machine: Machine,
     joined: bool,
 ) -> PhaseTime:
-    work = [total(r) for r in records]
+    work = [Share.of(r) for r in records]
     join = machine.join_us if joined else 0.0
     clock = machine.boost_mhz  # per microsecond
-    start = [w.trips * machine.l2_latency_us + w.near / (machine.l2_bytes_per_clock * clock) for w in work]
+    port = machine.l2_bytes_per_clock * clock  # of one worker: bytes per microsecond from L2
+    rate = machine.bandwidth_gb_s * 1e3 * machine.read_fraction  # of memory, for all workers
+    start = [w.trips * machine.l2_latency_us + w.near / port for w in work]
+    ahead.serve(rate * (join + min((s for s, w in zip(start, work, strict=True) if w.memory), default=max(start))))
+    asks = ahead.use(w.reads for w in work)
+    flows = [_flow(w, ask, machine, rate) for w, ask in zip(work, asks, strict=True)]
+    ends = share([size for size, _ in flows], [cap for _, cap in flows], rate)
+    alone = [_alone(w, ask, machine, rate) for w, ask in zip(work, asks, strict=True)]
     issue = [w.instructions / (ISSUE_LANES * clock) for w in work]
-    rate = machine.bandwidth_gb_s * 1e3 * machine.read_fraction  # bytes per microsecond, all workers
-    held = ahead.since + join + min((s for s, w in zip(start, work, strict=True) if w.memory), default=0.0)
-    asked = [min(a, w.memory) if phase.anchor_kind == "linear" else 0.0 for a, w in zip(ahead.sizes, work, strict=True)]
-    arrived = min(1.0, held * rate / sum(asked)) if any(asked) else 0.0
-    left = [w.memory - arrived * a for a, w in zip(asked, work, strict=True)]
-    caps = [_cap(w, machine, rate) for w in work]
-    flows = share(left, caps, rate)
-    stream = [max(f, i) for f, i in zip(flows, issue, strict=True)]
+    stream = [max(times) for times in zip(ends, alone, issue, strict=True)]
+    ahead.serve(max(0.0, rate * max(stream) - sum(size for size, _ in flows)))
     slowest = max(range(len(work)), key=lambda w: start[w] + stream[w])
-    alone = left[slowest] / caps[slowest]
-    bound = _bound(join + start[slowest], stream[slowest], issue[slowest], alone)
+    bound = _bound(join + start[slowest], stream[slowest], issue[slowest], alone[slowest])
     return PhaseTime(section, phase.name, phase.anchor_kind, layers, join, bound, records, tuple(start), tuple(stream))
 
 
-def _cap(work: Work, machine: Machine, rate: float) -> float:
-    """Bytes per microsecond that one worker can draw at most."""
+def _flow(work: Share, ask: Ask | None, machine: Machine, rate: float) -> tuple[float, float]:
+    """Bytes that memory still has to send for a worker, and how fast it could take them."""
+    if ask is None:
+        return work.memory, _cap(work, machine, rate)
+    own = work.memory - ask.size
+    left = own + ask.left
+    return left, _cap(work, machine, rate) * left / own if own > 0 else rate
+
+
+def _alone(work: Share, ask: Ask | None, machine: Machine, rate: float) -> float:
+    """Microseconds the worker would take if no other drew anything: first what L2 holds, then the rest."""
+    held = ask.size if ask else 0.0
+    port = machine.l2_bytes_per_clock * machine.boost_mhz
+    near = port if work.in_flight is None else min(port, work.in_flight / machine.l2_latency_us)
+    return held / near + (work.memory - held) / _cap(work, machine, rate)
+
+
+def _cap(work: Share, machine: Machine, rate: float) -> float:
+    """Bytes per microsecond that one worker can draw from memory at most."""
     cap = machine.sm_share * rate / machine.sms
     return cap if work.in_flight is None else min(cap, work.in_flight / machine.memory_latency_us)
 
@@ -187,4 +195,4 @@ def _assumptions(machine: Machine, costs: Mapping[str, Cost]) -> Iterator[str]:
     weight = f"{per_weight}, counted in the code" if costs else f"{INSTRUCTIONS_PER_WEIGHT} by bits, no kernel counted"
     yield f"thread-instructions per weight {weight}; {INSTRUCTIONS_PER_VALUE} per activation"
     yield f"KiB in flight per worker {flights}" if costs else "loads in flight: enough for the bandwidth"
-    yield "weights come from memory in every step, whatever fits L2; prefetched bytes come while workers are held"
+    yield "weights come from memory in every step; what L2 is asked for ahead comes at memory's own rate"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from ..ir.formats import FORMATS
 from ..ir.graph import Graph
 from ..ir.limits import SPLIT_TOKENS, partial_floats
 from ..ir.ops import Attend, Embed
 from ..ir.phases import Phase
-from ..ir.schedule import Section, Task, padded, part_name, parts, unit_bytes
+from ..ir.schedule import Section, Task, packed_name, padded, part_name, parts, unit_bytes
+from ..ir.table import Asked
 from .kernel_report import KernelReport
 
 INSTRUCTIONS_PER_WEIGHT = {4: 3.2, 8: 2.5}  # where no kernel was measured: what ours must not exceed, by bits
@@ -29,11 +31,15 @@ class Cost:
     in_flight: float | None = None
 
 
+NOTHING = ("", 0.0)
+
+
 @dataclass(frozen=True)
 class Work:
     """What one record asks of a worker. `memory`: bytes of weights and cache; `near`: bytes read from L2.
 
-    trips: round trips to L2 that wait for each other; prefetched: bytes of later weights it asks for at its end.
+    trips: round trips to L2 that wait for each other; reads: the matrix; asks: the later matrix it asks for at its
+    end, and how many bytes of it.
     """
 
     body: str = ""
@@ -42,16 +48,30 @@ class Work:
     instructions: float = 0
     trips: int = 0
     in_flight: float | None = None
-    prefetched: float = 0
+    reads: str = ""
+    asks: tuple[str, float] = NOTHING
 
 
-def total(records: tuple[Work, ...]) -> Work:
-    """All of a worker's records of one phase."""
-    flights = [r.in_flight for r in records if r.in_flight is not None]
-    return Work(
-        "", sum(r.memory for r in records), sum(r.near for r in records), sum(r.instructions for r in records),
-        sum(r.trips for r in records), min(flights, default=None), max((r.prefetched for r in records), default=0),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Share:
+    """All of a worker's records of one phase; `reads`: the matrices."""
+
+    memory: float
+    near: float
+    instructions: float
+    trips: int
+    in_flight: float | None
+    reads: frozenset[str]
+    asks: tuple[str, float]
+
+    @classmethod
+    def of(cls, records: tuple[Work, ...]) -> Share:
+        return cls(
+            sum(r.memory for r in records), sum(r.near for r in records), sum(r.instructions for r in records),
+            sum(r.trips for r in records), min((r.in_flight for r in records if r.in_flight), default=None),
+            frozenset(r.reads for r in records if r.reads),
+            max((r.asks for r in records), key=itemgetter(1), default=NOTHING),
+        )  # fmt: skip
 
 
 def measured_costs(found: KernelReport) -> dict[str, Cost]:
@@ -65,10 +85,16 @@ def measured_costs(found: KernelReport) -> dict[str, Cost]:
 
 
 def phase_records(
-    graph: Graph, phase: Phase, section: Section, worker: int, costs: Mapping[str, Cost], depth: int
+    graph: Graph, phase: Phase, section: Section, worker: int, costs: Mapping[str, Cost], asked: Asked, depth: int
 ) -> tuple[Work, ...]:
     tasks = [t for t in section.queues[worker] if t.phase == phase.name]
-    return tuple(_record(graph, phase, task, worker, costs, depth) for task in tasks)
+    return tuple(
+        replace(
+            _record(graph, phase, task, worker, costs, depth),
+            asks=(task.prefetch.weight, float(asked.size(section, task))) if task.prefetch else NOTHING,
+        )
+        for task in tasks
+    )
 
 
 def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[str, Cost], depth: int) -> Work:
@@ -83,8 +109,7 @@ def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[
     else:
         found = Work()
     idle = not (found.memory or found.near or kind == "commit")  # the record is read, and nothing is to do
-    prefetched = task.prefetch.size if task.prefetch else 0
-    return replace(found, body=task.body, trips=1 if idle else ROUND_TRIPS[kind], prefetched=prefetched)
+    return replace(found, body=task.body, trips=1 if idle else ROUND_TRIPS[kind])
 
 
 def _matrix(graph: Graph, phase: Phase, task: Task, costs: Mapping[str, Cost]) -> Work:
@@ -95,7 +120,7 @@ def _matrix(graph: Graph, phase: Phase, task: Task, costs: Mapping[str, Cost]) -
     default = Cost(INSTRUCTIONS_PER_WEIGHT.get(4 if fmt.bits < 8 else 8, 2.0))
     cost = costs.get(f"{graph.name}.{phase.name}.{task.body}", default)
     weights = size * 8 / fmt.packed_bits
-    return Work(memory=size, instructions=weights * cost.per_weight, in_flight=cost.in_flight)
+    return Work(memory=size, instructions=weights * cost.per_weight, in_flight=cost.in_flight, reads=packed_name(part))
 
 
 def _attend(phase: Phase, task: Task, worker: int, depth: int) -> Work:

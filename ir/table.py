@@ -16,13 +16,15 @@ from .errors import expect
 from .graph import Graph
 from .limits import ALIGN
 from .record import ARGS, END, FIELDS, MAX_WAITS, RECORD_WORDS
-from .schedule import PREVIOUS, Prefetch, Schedule, Section, Task
+from .schedule import PREVIOUS, Schedule, Section, Task
 from .types import CacheType
 
 __all__ = [
-    "ARGS", "END", "FIELDS", "MAX_WAITS", "RECORD_WORDS", "Arg", "Body", "CacheGroup", "WeightPlan", "cache_groups",
-    "event_count", "lower",
+    "AHEAD_BYTES", "ARGS", "END", "FIELDS", "MAX_WAITS", "RECORD_WORDS", "Arg", "Asked", "Body", "CacheGroup",
+    "WeightPlan", "cache_groups", "event_count", "lower",
 ]  # fmt: skip
+
+AHEAD_BYTES = 16 << 10  # per worker; measured on CPUs: enough to bridge a join, small against a core's L2 cache
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,18 @@ def cache_groups(graphs: tuple[Graph, ...], layers: tuple[str, ...]) -> tuple[Ca
 
 
 def lower(
-    schedule: Schedule, bodies: Mapping[tuple[str, str, str], Body], weights: WeightPlan
+    schedule: Schedule,
+    bodies: Mapping[tuple[str, str, str], Body],
+    weights: WeightPlan,
+    ahead: int | None = None,
 ) -> np.ndarray:
     """int32 [workers, records, RECORD_WORDS]; `bodies` is keyed by (graph, phase, body).
 
-    Every worker's list ends with a record whose body is END.
+    ahead: bytes of the next weights that all workers together ask for before a join, at most; None: AHEAD_BYTES
+    each. Every worker's list ends with a record whose body is END.
     """
-    queues = [list(_records(schedule, bodies, weights, w)) for w in range(schedule.workers)]
+    asked = Asked(schedule, ahead)
+    queues = [list(_records(schedule, bodies, weights, w, asked)) for w in range(schedule.workers)]
     longest = max(map(len, queues)) + 1
     table = np.zeros((schedule.workers, longest, RECORD_WORDS), np.int32)
     table[:, :, 0] = END
@@ -97,8 +104,38 @@ def event_count(schedule: Schedule) -> int:
     return sum(len(schedule.section(g.name).events) for g, _ in schedule.program.sections())
 
 
+class Asked:
+    """How many bytes of its next weights each worker asks for: those who ask before one join share `ahead`."""
+
+    def __init__(self, schedule: Schedule, ahead: int | None = None) -> None:
+        self._ahead = AHEAD_BYTES * schedule.workers if ahead is None else ahead
+        self._most: dict[tuple[str, str], int] = {}  # by section and event, '': what is first in the section
+        for s in schedule.sections:
+            sizes = {"": [head.size for head in s.heads if head]}
+            for task in (task for queue in s.queues for task in queue):
+                if task.prefetch:
+                    sizes.setdefault(task.signal, []).append(task.prefetch.size)
+            self._most |= {(s.name, event): self._share(found) for event, found in sizes.items()}
+
+    def _share(self, sizes: list[int]) -> int:
+        return sum(sizes) if sum(sizes) <= self._ahead else self._ahead // len(sizes) // ALIGN * ALIGN
+
+    def size(self, section: Section, task: Task) -> int:
+        """Of a task's own prefetch, 0 without one."""
+        return min(task.prefetch.size, self._most[section.name, task.signal]) if task.prefetch else 0
+
+    def head(self, section: Section, worker: int) -> int:
+        """Of what a worker reads first in a section."""
+        head = section.heads[worker]
+        return min(head.size, self._most[section.name, ""]) if head else 0
+
+
 def _records(
-    schedule: Schedule, bodies: Mapping[tuple[str, str, str], Body], weights: WeightPlan, worker: int
+    schedule: Schedule,
+    bodies: Mapping[tuple[str, str, str], Body],
+    weights: WeightPlan,
+    worker: int,
+    asked: Asked,
 ) -> Iterator[list[int]]:
     groups = cache_groups(schedule.program.kinds, schedule.program.layers)
     place = {layer: i for g in groups for i, layer in enumerate(g.layers)}
@@ -114,7 +151,7 @@ def _records(
             words += _waits(task, section, number, steps[n - 1][0] if n else None)
             words.append(number[task.signal] if task.signal else -1)
             last = i + 1 == len(section.queues[worker])
-            words += _prefetch(task, layer, following if last else None, weights, worker)
+            words += _prefetch(section, task, layer, following if last else None, weights, worker, asked)
             yield words + [_argument(schedule, graph.name, layer, a, weights, worker) for a in body.args]
         base, before = base + len(section.events), number.get(section.end, -1)
 
@@ -131,14 +168,21 @@ def _waits(task: Task, section: Section, number: Mapping[str, int], previous: Se
 
 
 def _prefetch(
-    task: Task, layer: int, following: tuple[Section, Graph, int] | None, weights: WeightPlan, worker: int
+    section: Section,
+    task: Task,
+    layer: int,
+    following: tuple[Section, Graph, int] | None,
+    weights: WeightPlan,
+    worker: int,
+    asked: Asked,
 ) -> list[int]:
-    wanted: Prefetch | None = task.prefetch
+    wanted, size = task.prefetch, asked.size(section, task)
     if wanted is None and following is not None and following[0].heads:
         wanted, layer = following[0].heads[worker], following[2]
+        size = asked.head(following[0], worker)
     if wanted is None:
         return [-1, 0]
-    return [(weights.offset(wanted.weight, layer) + wanted.offset) // ALIGN, wanted.size // ALIGN]
+    return [(weights.offset(wanted.weight, layer) + wanted.offset) // ALIGN, size // ALIGN]
 
 
 def _argument(schedule: Schedule, graph: str, layer: int, arg: Arg, weights: WeightPlan, worker: int) -> int:

@@ -216,5 +216,3 @@ def _lowest(base: int, size: int, taken: list[tuple[int, int]]) -> int:
             break
         offset = max(offset, end)
     return offset
-
-

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 
 from onelaunch.compiler.machines import machine_for
+from onelaunch.compiler.step_ahead import Ahead
 from onelaunch.compiler.step_model import model, share
 from onelaunch.compiler.step_work import Cost
 from onelaunch.compiler.timeline import trace
@@ -98,8 +99,37 @@ def test_prefetched_bytes_come_while_workers_wait():
     assert slower.us > modelled().us + 36 * 0.4
 
 
+def test_one_row_of_an_8b_shape_reaches_four_fifths_of_the_floor():
+    """With what the compiled loops of q4_0 cost at most, and 16 KiB in flight, as one of their iterations reads."""
+    parts_read = ("q_k_v.q", "q_k_v.k", "q_k_v.v", "o.o", "gate_up.gate_up", "down.down")
+    costs = {f"global.{part}": Cost(1.3, in_flight=16384) for part in parts_read}
+    assert model(qwen3_8b(), H100, costs).of_floor >= 0.8
+
+
+def test_memory_sends_in_the_order_of_asking():
+    ahead = Ahead(2)
+    ahead.ask([("a", 60.0), ("", 0.0)])
+    ahead.ask([("b", 30.0), ("b", 30.0)])
+    ahead.serve(80)
+    first = ahead.use([frozenset("a"), frozenset("c")])
+    assert [ask and ask.left for ask in first] == [0, None]
+    assert [ask.left for ask in ahead.use([frozenset("b")] * 2)] == [20, 20]
+    ahead.serve(100)  # nothing is asked for: the time is lost
+    assert ahead.use([frozenset("b")] * 2) == [None, None]
+
+
 def test_a_layer_joins_five_times_and_the_end_thrice():
     assert sum(p.layers for p in modelled().phases if p.join_us) == 36 * 5 + 3
+
+
+def test_work_that_every_worker_repeats_costs_all_of_them_and_no_join():
+    made = tiny("gemma3", "q4_0").schedule("few", 4)
+    step = model(made, H100)
+    assert sum(p.layers for p in step.phases if p.join_us) == 3 * 5 + 3 - 1  # the first phase follows none
+    norms = [p for p in step.phases if p.kind == "rows"]
+    assert [p.phase for p in norms] == ["rows_angles_local", "rows_x1", "rows_x2", "rows_x1", "rows_x2"]
+    assert all(start == norm.start_us[0] > 0 for norm in norms for start in norm.start_us)
+    assert all(p.join_us == 0 for p in step.phases if p.phase in ("q_k_v", "gate_up"))
 
 
 def test_what_is_assumed_is_said():

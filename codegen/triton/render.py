@@ -151,7 +151,7 @@ class Renderer:
             spin_polls=SPIN_POLLS,
             fault_polls=FAULT_POLLS,
             align_words=ALIGN // WORD,
-            prefetch_lines=128,
+            prefetch_lines=512,
             panel_words=PANEL_WORDS,
         )
         constants = [f"{name.upper()} = tl.constexpr({offset})" for name, offset in self.state.items()]
