@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from pathlib import Path
 
@@ -142,16 +143,21 @@ class EmulatedStep:
         sizes = [len(g.layers) * g.type.kv_heads * kv_tile_bytes(g.type.head_dim, limits) for g in groups]
         self.kv = [np.zeros(kv_pool_bytes(pages, size), np.uint8) for size in sizes]
         self.reset()
-        types = signature(limits, self.source.kv_names)
-        module = load_module(self.source.text)
+        self.arch, self.warps = arch, warps
+        self.names = list(signature(limits, self.source.kv_names))
+        self.kernels = {b: self._compiled(self.source.text, b) for b in BUCKETS}
+
+    def _compiled(self, text: str, bucket: str):
+        step = getattr(load_module(text), f"step_{bucket}")
+        types = signature(self.limits, self.source.kv_names)
         with llvm_switches():
-            self.kernels = {
-                b: emulator().compile_kernel(
-                    getattr(module, f"step_{b}"), types, {}, arch=arch, num_warps=warps, **OPTIONS
-                )
-                for b in BUCKETS
-            }
-        self.names = list(types)
+            return emulator().compile_kernel(step, types, {}, arch=self.arch, num_warps=self.warps, **OPTIONS)
+
+    def with_text(self, edit: Callable[[str], str]) -> EmulatedStep:
+        """This step, sharing its memory, with the kernel of the decode bucket compiled from an edited text."""
+        made = copy(self)
+        made.kernels = {"few": self._compiled(edit(self.source.text), "few")}
+        return made
 
     def reset(self) -> None:
         """As a long-running process starts sequences: a cache full of others' values, pages out of order."""

@@ -22,6 +22,7 @@ from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import ReferenceModel, RowBatch, Slot
 from onelaunch.ir.sampling import Sampling
 
+pytestmark = pytest.mark.xdist_group("interpreted concurrent")
 WORKERS = 4
 LIMITS = {"rows": 16, "slots": 2, "context": 384, "outputs": 4, "few_rows": 4}
 PROMPT = [5, 17, 100, 33, 8, 91, 4, 50, 77, 12, 101, 60]  # twelve rows: the first step takes the `many` bucket

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 
-import numpy as np
 import pytest
 import torch
 from emulated import FAMILIES, PROMPT, checkpoint, each_step, emulated_step, emulator, limits_of
