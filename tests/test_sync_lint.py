@@ -8,6 +8,8 @@ from compiled_kernels import kernel
 
 from onelaunch.compiler.sync_lint import lint, parse
 
+pytestmark = pytest.mark.xdist_group("kernels of qwen3")
+
 
 @pytest.fixture(scope="module")
 def ptx():
