@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/onelaunch run smollm2-135m-instruct --prompt "$(PROMPT)" --max-new-tokens 80 --stats
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .

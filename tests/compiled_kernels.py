@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
+
+import pytest
 
 from onelaunch.codegen.triton.build import Kernel, compile_kernel
 from onelaunch.codegen.triton.render import Source, render_kernel
@@ -11,12 +14,18 @@ from onelaunch.ir.schedule import BUCKETS
 from onelaunch.tests.tiny import Tiny, tiny
 
 FAMILIES = {"llama": "q8_0", "qwen2": "q4_1", "qwen3": "q4_0", "gemma3": "q4_k"}  # each with a format of its own
-# Every family and every architecture, both buckets of each; all 40 combinations take minutes.
-FEW = [*(("qwen3", arch) for arch in (80, 89, 90, 100, 120)), ("llama", 90), ("qwen2", 90), ("gemma3", 90)]
-MANY = [("llama", 80), ("qwen2", 89), ("qwen3", 90), ("gemma3", 100), ("llama", 120)]
-CASES = [*((f, a, "few") for f, a in FEW), *((f, a, "many") for f, a in MANY)]
+ARCHS = (80, 89, 90, 100, 120)
 LIMITS = Limits(rows=16, slots=2, context=512, outputs=4)
 SIZES = {"hidden": 512, "ffn": 1024, "vocab": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "query_scale": 0.125}
+
+
+def each(*buckets: str) -> pytest.MarkDecorator:
+    """Parametrize by family, architecture and bucket; a family's tests run in one process, that compiles them once."""
+    made = [
+        pytest.param(family, arch, bucket, marks=pytest.mark.xdist_group(f"kernels of {family}"))
+        for family, arch, bucket in product(FAMILIES, ARCHS, buckets)
+    ]
+    return pytest.mark.parametrize(("family", "arch", "bucket"), made)
 
 
 @cache

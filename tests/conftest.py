@@ -1,7 +1,8 @@
-"""Fixtures shared by the tests of compiled models."""
+"""Fixtures shared by the tests of compiled models, and how tests are dealt to processes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,21 @@ from onelaunch.compiler import native
 from onelaunch.runtime import host
 from onelaunch.tests import small
 from onelaunch.tests.compiled import ArtifactCache
+
+# Models are tiny and tests run in several processes: more threads of a library only cost. Commands inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n N --dist loadgroup`: a file stays in one process, but for tests that name their group.
+
+    Those compile for minutes: they start first, so that no process is left with one of them at the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from copy import copy
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from ptx_spelled import spelled_out
 
 from onelaunch.codegen.triton.build import OPTIONS, WARPS, llvm_switches, load_module, signature
-from onelaunch.codegen.triton.render import render_kernel
+from onelaunch.codegen.triton.render import FAULT, render_kernel
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.formats import FORMATS, Format
 from onelaunch.ir.limits import Limits, kv_pool_bytes, kv_tile_bytes, state_bytes, state_fields
@@ -26,10 +29,33 @@ from onelaunch.ir.table import cache_groups, lower
 from onelaunch.models.importer import import_checkpoint
 from onelaunch.models.open import open_checkpoint
 from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
+from onelaunch.tests import small
+from onelaunch.tests.checkpoints import save_random
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as codegen/triton/build.py compiles
 EMULATOR = Path(__file__).resolve().parents[2] / "shared" / "ptxemu"
 WORKERS = 4
+STALE = 0x47  # as bytes of float32 or bf16: about 51,000
+ARCHS = (80, 89, 90, 100, 120)
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 300, "max_position_embeddings": 512,
+}  # fmt: skip
+PROMPT = [5, 17, 200, 33, 8, 91, 4, 250, 77, 12, 100, 60]  # twelve rows: the first step takes the `many` bucket
+LIMITS = {"rows": 16, "slots": 4, "context": 384, "outputs": 4}
+FAMILIES = {  # type of the checkpoint (or `mixed`), --quant, type of its numbers, of the cache
+    "llama": ("llama", "", torch.bfloat16, "f32"),
+    "qwen2": ("qwen2", "int8", torch.float32, "f32"),
+    "qwen3": ("qwen3", "int4", torch.float32, "bf16"),
+    "gemma3": ("gemma3_text", "", torch.float32, "f32"),
+    "every block format and f16": ("mixed", "", torch.float32, "f32"),
+}
+DENSE = ("llama", "qwen2", "qwen3", "gemma3")
+CASES = [*product(DENSE, ARCHS), ("every block format and f16", 90)]
+# A family's tests share its checkpoint, its CPU target and its compiled kernels: they run in one process.
+each_step = pytest.mark.parametrize(
+    ("family", "arch"), [pytest.param(f, a, id=f"{f} sm_{a}", marks=pytest.mark.xdist_group(f)) for f, a in CASES]
+)
 
 
 @cache
@@ -112,39 +138,82 @@ class EmulatedStep:
         self.raw = raw
         self.state = {f.name: raw[f.offset : f.offset + f.nbytes].view(f.dtype).reshape(f.shape) for f in fields}
         words = max(s.workspace_bytes for s in self.schedules.values()) // 4
-        self.workspace = np.full(words, np.nan, np.float32)  # whoever reads before writing finds nonsense
+        self.workspace = np.full(words, np.nan, np.float32)
         self.control = {b: np.zeros(self.source.control_words, np.int32) for b in BUCKETS}
         pages = limits.slots * limits.pages
         sizes = [len(g.layers) * g.type.kv_heads * kv_tile_bytes(g.type.head_dim, limits) for g in groups]
         self.kv = [np.zeros(kv_pool_bytes(pages, size), np.uint8) for size in sizes]
-        for slot in range(limits.slots):  # pages out of order, as a long-running cache has them
-            self.state["pages"][:, slot] = np.arange(limits.pages)[::-1] * limits.slots + slot
-        self.state["slot_limit"][:], self.state["slot_stop"][:] = limits.context, -1
-        self.state["slot_top_p"][:] = self.state["slot_penalty"][:] = 1
-        types = signature(limits, self.source.kv_names)
-        module = load_module(self.source.text)
+        self.reset()
+        self.arch, self.warps = arch, warps
+        self.names = list(signature(limits, self.source.kv_names))
+        self.kernels = {b: self._compiled(self.source.text, b) for b in BUCKETS}
+
+    def _compiled(self, text: str, bucket: str):
+        step = getattr(load_module(text), f"step_{bucket}")
+        types = signature(self.limits, self.source.kv_names)
         with llvm_switches():
-            self.kernels = {
-                b: emulator().compile_kernel(
-                    getattr(module, f"step_{b}"), types, {}, arch=arch, num_warps=warps, **OPTIONS
-                )
-                for b in BUCKETS
-            }
-        self.names = list(types)
+            return emulator().compile_kernel(step, types, {}, arch=self.arch, num_warps=self.warps, **OPTIONS)
+
+    def with_text(self, edit: Callable[[str], str]) -> EmulatedStep:
+        """This step, sharing its memory, with the kernel of the decode bucket compiled from an edited text."""
+        made = copy(self)
+        made.kernels = {"few": self._compiled(edit(self.source.text), "few")}
+        return made
+
+    def reset(self) -> None:
+        """As a long-running process starts sequences: a cache full of others' values, pages out of order."""
+        limits, state = self.limits, self.state
+        self.raw[:] = 0
+        for control in self.control.values():
+            control[:] = 0
+        for kv in self.kv:
+            kv[:] = STALE
+        for slot in range(limits.slots):
+            state["pages"][:, slot] = np.arange(limits.pages)[::-1] * limits.slots + slot
+        state["slot_limit"][:], state["slot_stop"][:] = limits.context, -1
+        state["slot_top_p"][:] = state["slot_penalty"][:] = 1
+
+    def set_rows(self, rows: list[tuple[int, int, int]], outputs: list[int]) -> None:
+        """The rows of the next step, (token, slot, position) each, and which of them want logits."""
+        n, m, s = len(rows), len(outputs), self.state
+        s["n_rows"][0], s["n_outputs"][0] = n, m
+        s["row_token"][:n], s["row_slot"][:n], s["row_position"][:n] = np.array(rows, np.int32).reshape(-1, 3).T
+        s["row_output"][:n] = -1
+        s["output_row"][:m] = outputs
+        s["row_output"][outputs] = np.arange(m)
 
     def prompt(self, tokens: list[int], slot: int = 0) -> None:
         """Make a prompt the rows of the next step."""
-        n, s = len(tokens), self.state
-        s["row_token"][:n], s["row_slot"][:n], s["row_position"][:n] = tokens, slot, np.arange(n)
-        s["row_output"][:n] = -1
-        s["row_output"][n - 1] = 0
-        s["output_row"][0], s["n_rows"][0], s["n_outputs"][0] = n - 1, n, 1
-        for token in tokens:
-            s["slot_seen"][slot, token // 32] |= np.uint32(1 << token % 32)
+        self.set_rows([(token, slot, i) for i, token in enumerate(tokens)], [len(tokens) - 1])
 
-    def run(self, seed: int, table: np.ndarray | None = None, change: Callable[[str], str] = str):
-        """One step; the emulator's report. `change` edits the compiled PTX."""
-        bucket = "few" if self.state["n_rows"][0] <= self.limits.few_rows else "many"
+    @property
+    def bucket(self) -> str:
+        return "few" if self.state["n_rows"][0] <= self.limits.few_rows else "many"
+
+    def logits(self, outputs: int) -> np.ndarray:
+        """The last step's, [outputs, vocab]."""
+        program = self.schedules[self.bucket].program
+        width = program.logits.tensor.width
+        start = self.schedules[self.bucket].buffer(program.exit.name, program.logits.name).offset // 4
+        pitch = -(-width // 32) * 32
+        return self.workspace[start : start + outputs * pitch].reshape(outputs, pitch)[:, :width].copy()
+
+    def memory(self) -> dict[str, np.ndarray]:
+        """A copy of all that a launch may change."""
+        kept = {"state": self.raw, "workspace": self.workspace.view(np.uint32)}
+        kept |= {f"kv{i}": kv for i, kv in enumerate(self.kv)} | {f"control {b}": c for b, c in self.control.items()}
+        return {name: array.copy() for name, array in kept.items()}
+
+    def faulted(self) -> bool:
+        """Did a worker's wait run out of time?"""
+        return any(control[FAULT] for control in self.control.values())
+
+    def run(self, seed: int, table: np.ndarray | None = None, change: Callable[[str], str] = str, whole: bool = True):
+        """One launch; the emulator's report. `change` edits the compiled PTX.
+
+        whole: a step of its own, in which whatever is read of the workspace must have been written.
+        """
+        bucket = self.bucket
         table = self.tables[bucket] if table is None else table
         kv_type = torch.bfloat16 if self.limits.kv_dtype == "bf16" else torch.float32
         arrays = [table.reshape(-1), self.control[bucket], self.weights.view(np.int32), self.workspace]
@@ -153,15 +222,39 @@ class EmulatedStep:
         tensors += [torch.from_numpy(a).view(kv_type) for a in self.kv]
         kernel = self.kernels[bucket]
         return emulator().emulate(
-            change(kernel.asm["ptx"]), kernel.metadata, (len(table),), [*tensors, table.shape[1]],
-            names=self.names, seed=seed, readonly=["weights", "table"],
+            spelled_out(change(kernel.asm["ptx"])), kernel.metadata, (len(table),), [*tensors, table.shape[1]],
+            names=self.names, seed=seed, readonly=["weights", "table"], poisoned=["workspace"] if whole else [],
         )  # fmt: skip
 
     def generate(self, prompt: list[int], count: int, first_seed: int = 0):
         """Greedy (or sampled) tokens and the report of every step."""
+        self.reset()
         self.prompt(prompt)
         tokens, reports = [], []
         for i in range(count):
             reports.append(self.run(first_seed + i))
             tokens.append(int(self.state["output_token"][0]))
         return tokens, reports
+
+
+@cache
+def checkpoint(family: str) -> Path:
+    """A tiny random model of one of FAMILIES."""
+    kind, _, dtype, _ = FAMILIES[family]
+    path = small.place() / "emulated" / kind
+    path.parent.mkdir(exist_ok=True)
+    if kind == "mixed":
+        return save_mixed(path.with_suffix(".gguf"))
+    save_random(path, kind, dtype, **SIZES)
+    return path
+
+
+def limits_of(family: str) -> dict[str, int | str]:
+    return {**LIMITS, "kv_dtype": FAMILIES[family][3]}
+
+
+@cache
+def emulated_step(family: str, arch: int) -> EmulatedStep:
+    """Compiled once per process; `reset` it before use."""
+    emulator()
+    return EmulatedStep(checkpoint(family), Limits(**limits_of(family)), FAMILIES[family][1], arch)

@@ -1,18 +1,20 @@
 """Faults planted into a compiled step, for every rung that should notice them.
 
-A fault changes one of three things: a schedule (before it is lowered), the task tables of all buckets, or the text
-of the generated kernel. `seen_by` names the rungs that must notice it:
+A fault changes one of four things: a schedule (before it is lowered), the task tables of all buckets, the text of the
+generated kernel, or its PTX. `seen_by` names the rungs that must notice it:
 
     grid       the whole kernel, interpreted, all programs live, with a race detector (test_triton_concurrent.py)
-    emulator   the compiled PTX, thread by thread (test_triton_step.py)
-    lint       the synchronisation lint of compiled code
+    emulator   the compiled PTX, thread by thread (test_triton_faults.py)
+    lint       the synchronisation lint of compiled code (test_sync_lint.py)
 
-Barriers between the threads of a program are invisible to the first: there a program is sequential.
+Barriers between the threads of a program are invisible to the first: there a program is sequential. The barrier
+before a signal can only be taken from the PTX: without the one in the source Triton puts one there itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -34,7 +36,7 @@ class Fault:
     """`apply(schedule, random)`, `apply(tables, random)` or `apply(text)`; gives a changed copy."""
 
     name: str
-    kind: str  # schedule | table | source
+    kind: str  # schedule | table | source | ptx
     seen_by: frozenset[str]
     apply: Callable[..., Any]
 
@@ -62,10 +64,12 @@ def _edit(tables: Tables, random: Random, event: str, change: dict[str, int | No
     """Change one record of the decode bucket that has an event in the word `event`: add to words, or make them -1.
 
     A worker whose drain has no tile in the step that is run (fewer rows or outputs than workers) does not need what
-    it waits for: nobody can notice then.
+    it waits for: nobody can notice then. Nor does anybody wait for the commit's signal.
     """
     table = tables["few"].copy()
-    found = np.argwhere((table[:, :, WORD["body"]] != END) & (table[:, :, WORD[event]] >= 0))
+    awaited = table[:, :, [WORD["wait0"], WORD["wait1"]]]
+    events = table[:, :, WORD[event]]
+    found = np.argwhere((table[:, :, WORD["body"]] != END) & (events >= 0) & np.isin(events, awaited))
     worker, number = random.choice(found.tolist())
     for word, by in change.items():
         record = table[worker, number]
@@ -172,3 +176,47 @@ def no_barrier_after_wait(text: str) -> str:
 def no_barrier_before_heads(text: str) -> str:
     """The epilogue of whole heads reads a unit's memory that other threads are still writing."""
     return _without(text, "[:, None], y)\n            tl.debug_barrier()\n", "[:, None], y)\n")
+
+
+# ---- PTX ----------------------------------------------------------------------------------------
+
+
+def _without_barriers(ptx: str, pattern: str, step: int) -> str:
+    """Without the barriers next to every line like `pattern`, before it (step -1) or after it (1)."""
+    lines = ptx.splitlines()
+    found = [i for i, line in enumerate(lines) if re.search(pattern, line)]
+    assert found, f"the compiled kernel has no `{pattern}` any more"
+    for near in found:
+        near += step
+        while not re.search(r"\b(ld|st)\.global|cp\.async|\bbra\b|^\$L__BB", lines[near]):
+            if "bar.sync" in lines[near]:
+                lines[near] = ""
+            near += step
+    return "\n".join(lines)
+
+
+def _edited(ptx: str, pattern: str, replacement: str) -> str:
+    changed, count = re.subn(pattern, replacement, ptx)
+    assert count, f"the compiled kernel has no `{pattern}` any more"
+    return changed
+
+
+@_fault("ptx", EMULATOR, LINT)
+def signal_without_release(ptx: str) -> str:
+    return _edited(ptx, r"(red|atom)\.global\.gpu\.release\.add", r"\1.global.gpu.relaxed.add")
+
+
+@_fault("ptx", EMULATOR, LINT)
+def signal_without_barrier(ptx: str) -> str:
+    """One thread signals while others still store."""
+    return _without_barriers(ptx, r"gpu\.release\.add", -1)
+
+
+@_fault("ptx", EMULATOR, LINT)
+def wait_without_acquire(ptx: str) -> str:
+    return _edited(ptx, r"ld\.acquire\.gpu", "ld.relaxed.gpu")
+
+
+@_fault("ptx", EMULATOR, LINT)
+def wait_without_barrier(ptx: str) -> str:
+    return _without_barriers(ptx, r"ld\.acquire\.gpu", 1)

@@ -9,12 +9,13 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from compiled_kernels import CASES, FEW, LIMITS, kernel, model, source
+from compiled_kernels import LIMITS, each, kernel, model, source
 
 from onelaunch.codegen.triton.build import compile_kernel
 from onelaunch.compiler.kernel_report import alone, body_formats, budget, problems, report
 from onelaunch.compiler.machines import machine_for
 from onelaunch.compiler.sync_lint import lint
+from onelaunch.ir.schedule import BUCKETS
 
 # Thread-instructions per weight at one row that the issue allows on sm_90, by the bits of a code.
 MOST = {4: 3.2, 8: 2.5}
@@ -26,23 +27,20 @@ def reported(family, arch, bucket):
     return report(kernel(family, arch, bucket), source(family).text, body_formats(model(family).lowered))
 
 
-each_kernel = pytest.mark.parametrize(("family", "arch", "bucket"), CASES)
-
-
-@each_kernel
+@each(*BUCKETS)
 def test_it_spills_nothing_fits_the_machine_and_reads_weights_by_16_bytes(family, arch, bucket):
     assert problems(reported(family, arch, bucket), machine_for(f"sm_{arch}")) == []
 
 
-@each_kernel
+@each(*BUCKETS)
 def test_it_keeps_the_rules_of_synchronisation(family, arch, bucket):
     assert lint(kernel(family, arch, bucket).ptx) == []
 
 
-@pytest.mark.parametrize(("family", "arch"), FEW)
-def test_one_row_is_bound_by_bytes_not_by_issue(family, arch):
+@each("few")
+def test_one_row_is_bound_by_bytes_not_by_issue(family, arch, bucket):
     machine = machine_for(f"sm_{arch}")
-    matrices = [b for b in reported(family, arch, "few").branches if b.format]
+    matrices = [b for b in reported(family, arch, bucket).branches if b.format]
     assert matrices
     for branch in matrices:
         one = min(loop.per_weight for loop in branch.loops)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from checkpoints import save_random
-from emulated import EmulatedStep, emulator
-from test_triton_step import PROMPT, SIZES
+from emulated import PROMPT, emulated_step
 from test_vm import DRAWN, GREEDY, PROMPTS
 from tiny import FAMILY_NAMES, LIMITS, tiny
 
 from onelaunch.ir.errors import VerifyError
-from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import Slot
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.segments import CLEARED, SIGNAL, TARGETS, WAITS, per_phase
@@ -142,24 +139,18 @@ def test_a_table_that_would_hang_is_refused_by_name():
         per_phase(table)
 
 
-def test_the_compiled_kernel_launched_per_segment_gives_the_tokens_of_one_launch(tmp_path):
-    emulator()
-    save_random(tmp_path, "qwen3", **SIZES)
-    limits = Limits(rows=16, slots=2, context=384, outputs=4, kv_dtype="f32")
-    gpu = EmulatedStep(tmp_path, limits, "int8", 90)
-    start = [a.copy() for a in (gpu.raw, *gpu.kv)]
+@pytest.mark.xdist_group("qwen3")
+def test_the_compiled_kernel_launched_per_segment_gives_the_tokens_of_one_launch():
+    gpu = emulated_step("qwen3", 90)
     expected, _ = gpu.generate(PROMPT, 3)
-    for array, old in zip((gpu.raw, *gpu.kv), start, strict=True):
-        array[:] = old
+    gpu.reset()
     gpu.workspace[:] = np.nan
-    for control in gpu.control.values():
-        control[:] = 0
     launches = {b: per_phase(table) for b, table in gpu.tables.items()}
     gpu.prompt(PROMPT)
     tokens = []
     for seed in range(3):
-        for launch in launches["few" if gpu.state["n_rows"][0] <= limits.few_rows else "many"]:
-            report = gpu.run(seed, launch)
+        for launch in launches[gpu.bucket]:
+            report = gpu.run(seed, launch, whole=False)
             assert report.races == []
             assert report.polls == 0
         tokens.append(int(gpu.state["output_token"][0]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
+import planted
 import pytest
 from compiled_kernels import kernel
 
 from onelaunch.compiler.sync_lint import lint, parse
+
+pytestmark = pytest.mark.xdist_group("kernels of qwen3")
 
 
 @pytest.fixture(scope="module")
@@ -19,49 +20,24 @@ def rules(text):
     return {fault.rule for fault in lint(text)}
 
 
-def without_barrier(ptx, line, step):
-    """The PTX without the barriers that come next to a line, before it (step -1) or after it (1)."""
-    lines, near = ptx.splitlines(), line + step
-    while not re.search(r"\b(ld|st)\.global|cp\.async|\bbra\b|^\$L__BB", lines[near]):
-        if "bar.sync" in lines[near]:
-            lines[near] = ""
-        near += step
-    return "\n".join(lines)
-
-
-def find(ptx, pattern):
-    return next(i for i, line in enumerate(ptx.splitlines()) if re.search(pattern, line))
-
-
 def test_our_kernel_is_clean(ptx):
     assert lint(ptx) == []
 
 
-def test_a_relaxed_signal_is_flagged(ptx):
-    planted = re.sub(r"(red|atom)\.global\.gpu\.release\.add", r"\1.global.gpu.relaxed.add", ptx)
-    assert planted != ptx
-    assert rules(planted) == {"release"}
+BROKEN_RULE = {
+    "signal_without_release": "release", "signal_without_barrier": "stores",
+    "wait_without_acquire": "acquire", "wait_without_barrier": "loads",
+}  # fmt: skip
 
 
-def test_a_signal_without_a_barrier_before_it_is_flagged(ptx):
-    planted = without_barrier(ptx, find(ptx, r"gpu\.release\.add"), -1)
-    assert planted != ptx
-    assert "stores" in rules(planted)
-
-
-def test_a_wait_without_a_barrier_after_it_is_flagged(ptx):
-    planted = without_barrier(ptx, find(ptx, r"ld\.acquire\.gpu"), 1)
-    assert planted != ptx
-    assert "loads" in rules(planted)
-
-
-def test_a_relaxed_wait_is_flagged(ptx):
-    assert rules(ptx.replace("ld.acquire.gpu", "ld.relaxed.gpu")) == {"acquire"}
+@pytest.mark.parametrize("fault", planted.faults("ptx", planted.LINT), ids=lambda f: f.name)
+def test_faults_of_compiled_code_are_flagged(ptx, fault):
+    assert rules(fault.apply(ptx)) == {BROKEN_RULE[fault.name]}
 
 
 def test_an_asynchronous_copy_over_a_wait_is_flagged(ptx):
     lines = ptx.splitlines()
-    poll = find(ptx, r"ld\.relaxed\.gpu")
+    poll = next(i for i, line in enumerate(lines) if "ld.relaxed.gpu" in line)
     lines.insert(poll, "cp.async.cg.shared.global [%r1], [%rd1], 16;")
     assert "pipeline" in rules("\n".join(lines))
 

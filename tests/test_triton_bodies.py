@@ -20,6 +20,7 @@ from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import INVALID, LENGTH, STOPPED, Slot
 from onelaunch.ir.sampling import Sampling
 
+pytestmark = pytest.mark.xdist_group("interpreted bodies")
 LIMITS = Limits(rows=8, slots=2, context=384, outputs=4, few_rows=4, kv_dtype="f32")
 # (token, slot, position): two splits of 256 tokens and one, both sides of a page; first rows too.
 FEW, MANY = [(5, 1, 300), (7, 0, 13), (9, 1, 301)], [(i, i % 2, 62 * i + i % 2) for i in range(6)]

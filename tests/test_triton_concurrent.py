@@ -22,6 +22,7 @@ from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import ReferenceModel, RowBatch, Slot
 from onelaunch.ir.sampling import Sampling
 
+pytestmark = pytest.mark.xdist_group("interpreted concurrent")
 WORKERS = 4
 LIMITS = {"rows": 16, "slots": 2, "context": 384, "outputs": 4, "few_rows": 4}
 PROMPT = [5, 17, 100, 33, 8, 91, 4, 50, 77, 12, 101, 60]  # twelve rows: the first step takes the `many` bucket
@@ -178,6 +179,6 @@ def test_faults_of_memory_order_are_noticed(broken, name, seed):
 def test_barriers_are_invisible_here(broken):
     """So that nobody takes this rung for more than it is: their faults are the emulator's and the lint's."""
     for fault in planted.FAULTS.values():
-        if planted.GRID not in fault.seen_by:
+        if planted.GRID not in fault.seen_by and fault.kind != "ptx":
             assert fault.kind == "source"
             assert broken.noticed(broken.made(edit=fault.apply), 0) == ""

@@ -53,9 +53,9 @@ def test_sixty_layers_and_sixty_four_workers_take_less_than_three_seconds():
                  layer_kinds=("local",) * 5 * 10 + ("global",) * 10)  # fmt: skip
     for bucket in BUCKETS:
         made = large.schedule(bucket, 64)
-        start = time.perf_counter()
+        start = time.process_time()
         validate(made)
-        assert time.perf_counter() - start < 3
+        assert time.process_time() - start < 3
 
 
 def test_layers_do_not_change_the_cost():
