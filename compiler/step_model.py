@@ -1,7 +1,7 @@
 """A step of the GPU kernel in microseconds, from the task table's schedule and the machine's data.
 
-The step is a chain of phases with a join before each: all workers wait for the slowest of the phase before. What a
-worker does in a phase takes
+The step is a chain of phases with a join before each, unless every worker repeats the phase before for itself: all
+workers wait for the slowest of the phase before. What a worker does in a phase takes
 
     start    dependent round trips to L2 before weights flow, and activations it reads there
     stream   max(bytes / its share of the bandwidth, bytes / what its loads in flight allow, instructions / issue)
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..ir.phases import Phase
-from ..ir.schedule import Schedule, phase_of
+from ..ir.schedule import Schedule
 from ..ir.table import Asked
 from .machines import ISSUE_LANES, Machine
 from .step_ahead import Ahead, Ask
@@ -85,19 +85,19 @@ def model(schedule: Schedule, machine: Machine, costs: Mapping[str, Cost] | None
     costs = costs or {}
     layers = {s.name: len(schedule.program.kind_layers(s.name)) or 1 for s in schedule.sections}
     phases: list[PhaseTime] = []
-    asked, ahead = Asked(schedule, machine.ahead_bytes), Ahead(schedule.workers)
+    asked, ahead, joined = Asked(schedule, machine.ahead_bytes), Ahead(schedule.workers), False
     for section in schedule.sections:
         graph = schedule.graph(section.name)
         if section.heads:  # the section before asks for these at its end
             sizes = [float(asked.head(section, w)) for w in range(schedule.workers)]
             ahead.ask((h.weight if h else "", size) for h, size in zip(section.heads, sizes, strict=True))
-        for event, _ in section.events:
-            phase = phase_of(graph, event)
+        for phase in graph.phases:
             records = tuple(
                 phase_records(graph, phase, section, w, costs, asked, depth) for w in range(schedule.workers)
             )
-            phases.append(_time(phase, section.name, layers[section.name], records, ahead, machine, not phases))
+            phases.append(_time(phase, section.name, layers[section.name], records, ahead, machine, joined))
             ahead.ask(Share.of(r).asks for r in records)
+            joined = not section.repeats(phase)
     return StepModel(machine, schedule.workers, depth, tuple(phases), tuple(_assumptions(machine, costs)))
 
 
@@ -111,10 +111,10 @@ def _time(
     records: tuple[tuple[Work, ...], ...],
     ahead: Ahead,
     machine: Machine,
-    first: bool,
+    joined: bool,
 ) -> PhaseTime:
     work = [Share.of(r) for r in records]
-    join = 0.0 if first else machine.join_us
+    join = machine.join_us if joined else 0.0
     clock = machine.boost_mhz  # per microsecond
     port = machine.l2_bytes_per_clock * clock  # of one worker: bytes per microsecond from L2
     rate = machine.bandwidth_gb_s * 1e3 * machine.read_fraction  # of memory, for all workers

@@ -104,7 +104,7 @@ def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[
         found = _matrix(graph, phase, task, costs)
     elif kind == "attend":
         found = _attend(phase, task, worker, depth)
-    elif kind == "pack" or worker == 0:  # drains of one row are worker 0's
+    elif kind == "pack" or task.first == 0:  # drains of one row are worker 0's
         found = _rows(graph, phase, kind, depth)
     else:
         found = Work()

@@ -72,7 +72,8 @@ def run_window(first: Section, second: Section) -> tuple[Window, list[str]]:
                 if task.signal:
                     counts[k, task.signal] += 1
                     np.maximum(known[k, task.signal], now[w], out=known[k, task.signal])
-    window.closed.extend(known[k, s.end] for k, s in enumerate((first, second)))
+    nothing = np.zeros(workers, np.int32)
+    window.closed.extend(known.get((k, s.end), nothing) for k, s in enumerate((first, second)))
     return window, _stuck(window, counts, targets)
 
 

@@ -24,11 +24,14 @@ OUTSIDE = 1 << 40  # addresses from here on are caches and step state, which no 
 
 @dataclass(frozen=True)
 class Need:
-    """What a value takes: bytes of one row, rows at most, and whether every worker needs its own."""
+    """What a value takes: bytes of one row, rows at most, and whether every worker needs its own.
+
+    None: copies will do where each worker runs all that makes one, which is for the schedule to choose.
+    """
 
     row_bytes: int
     rows: int
-    private: bool = False
+    private: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ def needs(schedule: Schedule, graph: Graph) -> dict[str, Need]:
     found: dict[str, Need] = {}
     for p in graph.params:
         if isinstance(p.type, TensorType) and not p.is_weight:
-            found[p.name] = _activation(schedule, p)
+            found[p.name] = _activation(schedule, p, None)
     for phase in graph.phases:
         kept = stored(graph, phase)
         for op in phase.ops:
             if op.out.name in kept and isinstance(op.out.type, TensorType) and op.out.tensor.dtype == "f32":
-                found[op.out.name] = _result(schedule, graph, op.out)
+                found[op.out.name] = _result(schedule, graph, op.out, None if phase.anchor_kind == "rows" else False)
         found |= _extra(schedule, phase)
     return found
 
@@ -65,14 +68,14 @@ def _rows(schedule: Schedule, value: Value) -> int:
     return schedule.limits.outputs if value.tensor.shape[0] == OUTPUTS else schedule.rows
 
 
-def _activation(schedule: Schedule, value: Value) -> Need:
-    return Need(4 * padded(value.tensor.width), _rows(schedule, value))
+def _activation(schedule: Schedule, value: Value, private: bool | None) -> Need:
+    return Need(4 * padded(value.tensor.width), _rows(schedule, value), private)
 
 
-def _result(schedule: Schedule, graph: Graph, value: Value) -> Need:
+def _result(schedule: Schedule, graph: Graph, value: Value, private: bool | None) -> Need:
     op = graph.producer(value)
     if not isinstance(op, Attend):
-        return _activation(schedule, value)
+        return _activation(schedule, value, private)
     cache = op.kv.cache
     partials = value.tensor.width // cache.head_dim * attend_splits(schedule.limits, cache.window, schedule.bucket)
     return Need(4 * partials * partial_floats(cache.head_dim), _rows(schedule, value))
@@ -86,7 +89,7 @@ def _extra(schedule: Schedule, phase: Phase) -> dict[str, Need]:
         x = phase.anchor[0].operands[0]
         rows = _rows(schedule, x)
         kinds = panel_kinds(phase)
-        found |= {panel_value(phase.name, k): Need(panel_row_bytes(k, x.tensor.width), rows) for k in kinds}
+        found |= {panel_value(phase.name, k): Need(panel_row_bytes(k, x.tensor.width), rows, None) for k in kinds}
     if phase.anchor_kind == "sample":
         logits = phase.anchor[0].operands[0]
         found[f"{logits.name}.max"] = Need(padded(logits.tensor.width) // 32 * 4, schedule.limits.outputs)
@@ -135,7 +138,7 @@ def _fits(home: Mapping[str, list[Buffer]], section: str, value: str, need: Need
         found.append(f"{what}: expected {need.row_bytes * need.rows} bytes for {need.rows} rows, got {b.size}")
     if need.private and workers > 1 and not b.private:
         found.append(f"{what}: expected a private buffer, got one that all workers share")
-    if b.private and not need.private and ".panel." not in value:
+    if b.private and need.private is False:
         found.append(f"{what}: expected a buffer that all workers share, got a private one")
     return found
 
@@ -150,10 +153,14 @@ def _carried(schedule: Schedule, home: Mapping[str, list[Buffer]]) -> list[str]:
         for i, p in enumerate(params):
             source = (before, graphs[before].results[0].name) if i == 0 else (program.entry.name, p.name)
             here, there = schedule.buffer(after, p.name), schedule.buffer(*source)
-            if here.offset != there.offset:
-                where = f"at {here.offset}, but `{source[0]}` leaves it at {there.offset}"
+            if _home(here) != _home(there):
+                where = f"at {_home(here)}, but `{source[0]}` leaves it at {_home(there)}"
                 reasons.append(f"section `{after}` reads `{p.name}` {where}")
     return reasons
+
+
+def _home(b: Buffer) -> str:
+    return f"{b.offset} of each worker's {b.size} bytes" if b.private else str(b.offset)
 
 
 @dataclass

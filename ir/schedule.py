@@ -2,8 +2,9 @@
 
 A section is one graph of the program; layers of a kind share theirs, so a schedule's size does not depend on
 the number of layers. An event is an all-join: it is complete when `target` tasks have signalled it. `^` is the
-end event of whatever section ran before. A schedule is for one number of workers and one row bucket:
-`few` (prologues repeated by every worker, attention split over the context) or `many` (both shared by rows).
+end event of whatever section ran before. A schedule is for one number of workers and one row bucket: `few`
+(prologues, and work on rows where it can be, repeated by every worker; attention split over the context) or `many`
+(both shared by rows).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Section:
-    """The queues of one graph. `events` maps each event to its target; `end` is the last of them.
+    """The queues of one graph. `events` maps each event to its target; `end` is the last of them, empty if none.
 
     `heads` is what each worker reads first in this section: the section before prefetches it at its end.
     """
@@ -73,6 +74,10 @@ class Section:
 
     def target(self, event: str) -> int:
         return dict(self.events)[event]
+
+    def repeats(self, phase: Phase) -> bool:
+        """Whether every worker runs a `rows` phase on all rows for itself: it then completes no event."""
+        return phase.anchor_kind == "rows" and all(name != phase.name for name, _ in self.events)
 
 
 @dataclass(frozen=True)

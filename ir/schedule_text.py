@@ -52,7 +52,7 @@ def _show_buffer(b: Buffer) -> str:
 
 def _show_section(section: Section) -> list[str]:
     lines = [f"  section {section.name} {{", *(f"    event {n} target {t}" for n, t in section.events)]
-    lines.append(f"    end {section.end}")
+    lines.append(f"    end {section.end or 'none'}")
     for w, queue in enumerate(section.queues):
         lines.append(f"    worker {w} {{")
         if section.heads:
@@ -162,7 +162,8 @@ class _Reader:
         if any(heads) and not all(heads):
             raise CompileError(f"section `{name}`: expected a head for every worker or for none", span=self.span(name))
         queues = tuple(tuple(self.task(t) for t in w.children[2:]) for w in found)
-        return Section(str(name), events, str(end), queues, tuple(self.head(h) for h in heads if h))
+        last = "" if end.type == "NONE" else str(end)
+        return Section(str(name), events, last, queues, tuple(self.head(h) for h in heads if h))
 
     def head(self, tree: Any) -> Prefetch | None:
         inner = tree.children[0]

@@ -153,7 +153,7 @@ def _records(
             last = i + 1 == len(section.queues[worker])
             words += _prefetch(section, task, layer, following if last else None, weights, worker, asked)
             yield words + [_argument(schedule, graph.name, layer, a, weights, worker) for a in body.args]
-        base, before = base + len(section.events), number[section.end]
+        base, before = base + len(section.events), number.get(section.end, -1)
 
 
 def _waits(task: Task, section: Section, number: Mapping[str, int], previous: Section | None) -> list[int]:
@@ -161,7 +161,7 @@ def _waits(task: Task, section: Section, number: Mapping[str, int], previous: Se
     words: list[int] = []
     for name in task.waits:
         at_start = name == PREVIOUS
-        expect(not at_start or previous is not None, "the first section has nothing to wait for")
+        expect(not at_start or (previous and previous.end), "the section before has no event to wait for")
         target = previous.target(previous.end) if at_start and previous else section.target(name)
         words += [number[name], target]
     return words + [-1, 0] * (MAX_WAITS - len(task.waits))

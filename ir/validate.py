@@ -5,7 +5,8 @@ phase on one worker. It follows from four checks, each independent of the passes
 
 1. Structure. Events, targets and signals agree, every task names a body of its phase, and running the queues
    as far as the waits allow finishes them. Events only count up, so one run decides for all.
-2. Coverage. Over the workers, the tiles of each part are run exactly once.
+2. Coverage. Over the workers, the tiles of each part are run exactly once; where each worker has a copy of the
+   results for itself, each worker runs all of them, so that a copy is whole whoever reads it.
 3. Places and lifetimes (`placement`). Every value has room, and a replay of each section in program order
    finds every value it reads in place, not overwritten, at the start, inside and at the end.
 4. Order (`ordering`). Any two accesses that share a byte, one of them a write, happen in program order.
@@ -21,9 +22,10 @@ Steps are separated by a barrier of all workers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
+from .access import panel_value, stored
 from .bodies import body_names, part_of
 from .certificate import Certificate, text_hash
 from .errors import VerifyError
@@ -112,17 +114,18 @@ def _structure(schedule: Schedule) -> Iterator[str]:
         return
     if schedule.bucket not in BUCKETS or schedule.workers < 1:
         yield f"expected a bucket of {', '.join(BUCKETS)} and workers, got `{schedule.bucket}`, {schedule.workers}"
+    pairs = set(pairwise(g.name for g, _ in schedule.program.sections()))
     for section in schedule.sections:
         if len(section.queues) != schedule.workers or len(section.heads) not in (0, schedule.workers):
             yield f"section `{section.name}`: expected {schedule.workers} workers, got {len(section.queues)}"
         yield from _events(section)
         graph = schedule.graph(section.name)
         sizes = {packed_name(p): part_bytes(f, p) for f in graph.phases if f.anchor_kind == "linear" for p in parts(f)}
-        is_first = section.name == names[0]
+        no_end = section.name == names[0] or any(not schedule.section(b).end for b, a in pairs if a == section.name)
         for w, queue in enumerate(section.queues):
             for i, task in enumerate(queue):
                 where = f"worker {w} task {i} of `{section.name}` (`{show_task(task)}`)"
-                yield from (f"{where}: {reason}" for reason in _task(graph, section, task, is_first))
+                yield from (f"{where}: {reason}" for reason in _task(graph, section, task, no_end))
         for read in [t.prefetch for q in section.queues for t in q] + list(section.heads):
             if read and not (0 <= read.offset < read.offset + read.size <= sizes.get(read.weight, 0)):
                 yield f"section `{section.name}`: prefetch of {read} is outside the section's weights"
@@ -132,7 +135,7 @@ def _events(section: Section) -> Iterator[str]:
     targets = dict(section.events)
     if len(targets) != len(section.events):
         yield f"section `{section.name}`: expected distinct events"
-    if section.end not in targets:
+    if section.end not in targets and (section.end or targets):
         yield f"section `{section.name}`: end event `{section.end}` does not exist"
     signals = Counter(t.signal for q in section.queues for t in q)
     for event, target in section.events:
@@ -140,7 +143,7 @@ def _events(section: Section) -> Iterator[str]:
             yield f"section `{section.name}`: event `{event}` expects {target} signals, got {signals[event]}"
 
 
-def _task(graph: Graph, section: Section, task: Task, is_first: bool) -> Iterator[str]:
+def _task(graph: Graph, section: Section, task: Task, no_end: bool) -> Iterator[str]:
     phase = next((p for p in graph.phases if p.name == task.phase), None)
     if phase is None or task.body not in body_names(phase):
         yield f"`{task.phase}` {task.body} is no body of the program"
@@ -151,8 +154,8 @@ def _task(graph: Graph, section: Section, task: Task, is_first: bool) -> Iterato
     for event in task.waits:
         if event != PREVIOUS and event not in targets:
             yield f"waits for `{event}`, which does not exist"
-        if event == PREVIOUS and is_first:
-            yield "waits for the section before the first"
+        if event == PREVIOUS and no_end:
+            yield "waits for the section before, which has no end event"
     if len(task.waits) > MAX_WAITS:
         yield f"expected at most {MAX_WAITS} waits, got {len(task.waits)}"
     if task.first < 0 or task.step < 1 or not (task.is_drain or task.first < task.last):
@@ -166,21 +169,40 @@ def _coverage(schedule: Schedule, section: Section) -> Iterator[str]:
         for body in body_names(phase):
             where = f"section `{section.name}`: `{phase.name}` {body}"
             tasks = [[t for t in q if t.phase == phase.name and t.body == body] for q in section.queues]
-            if body.startswith("pack.") and _is_private(schedule, graph, phase, body):
-                wrong = _private_packs(section, phase, body, tasks)
-            elif phase.anchor_kind == "linear" and not body.startswith("pack."):
+            if body.startswith("pack."):
+                copies = _copied(schedule, graph, [panel_value(phase.name, body.removeprefix("pack."))])
+                wrong = _private_packs(section, phase, body, tasks) if any(copies) else _drains(tasks)
+            elif phase.anchor_kind == "rows":
+                wrong = _rows(_copied(schedule, graph, stored(graph, phase)), tasks)
+            elif phase.anchor_kind == "linear":
                 wrong = _ranges([t for q in tasks for t in q], part_units(phase, part_of(phase, body)))
             elif phase.anchor_kind == "commit":
                 wrong = _ranges([t for q in tasks for t in q], 1)
             else:
-                wrong = _drains([t for q in tasks for t in q])
+                wrong = _drains(tasks)
             if wrong:
                 yield f"{where}: {wrong}"
 
 
-def _is_private(schedule: Schedule, graph: Graph, phase: Phase, body: str) -> bool:
-    key = f"{graph.name}/{phase.name}.panel.{body.removeprefix('pack.')}"
-    return any(key in b.values and b.private for b in schedule.buffers)
+def _copied(schedule: Schedule, graph: Graph, values: Iterable[str]) -> set[bool]:
+    """Whether values are in private buffers; both answers where some are."""
+    keys = {f"{graph.name}/{value}" for value in values}
+    return {b.private for b in schedule.buffers if not keys.isdisjoint(b.values)}
+
+
+def _rows(copied: set[bool], tasks: list[list[Task]]) -> str:
+    """Workers share the rows of results that they share, and each runs all rows of those it has copies of."""
+    if len(copied) > 1:
+        return "expected all results in private buffers or none"
+    return _repeats(tasks) if True in copied else _drains(tasks)
+
+
+def _repeats(tasks: list[list[Task]]) -> str:
+    for w, mine in enumerate(tasks):
+        if [(t.first, t.last, t.step) for t in mine] != [(0, LIVE, 1)]:
+            shown = ", ".join(show_task(t).split()[3] for t in mine)
+            return f"expected worker {w} to run every row once for its own copy, got {shown or 'none'}"
+    return ""
 
 
 def _ranges(tasks: list[Task], units: int) -> str:
@@ -195,8 +217,9 @@ def _ranges(tasks: list[Task], units: int) -> str:
     return "" if at == units else f"expected {units} tiles, got {at}"
 
 
-def _drains(tasks: list[Task]) -> str:
+def _drains(queues: list[list[Task]]) -> str:
     """Live tiles: task i of n takes every n-th from i on."""
+    tasks = [t for q in queues for t in q]
     n = len(tasks)
     got = sorted((t.first, t.last, t.step) for t in tasks)
     if got == [(i, LIVE, n) for i in range(n)] and n:

@@ -16,10 +16,11 @@ from ..ir.types import OUTPUTS, TensorType, Value
 
 
 def allocate(schedule: Schedule) -> Schedule:
-    """Place carried values first (the same in every bucket), then each section's own over one another.
+    """Place logits first (alike in every bucket), carried values next, then each section's own over one another.
 
     A pointwise result takes its operand's place when nothing reads the operand later. A value lives from the
-    phase that makes it to the last that reads it; two values may share bytes when those do not touch.
+    phase that makes it to the last that reads it; two values may share bytes when those do not touch. What phases
+    that every worker repeats read or write shares with none: nobody waits for them, so they may run late.
     """
     plan = _Plan(schedule)
     for graph in schedule.program.graphs:
@@ -43,6 +44,8 @@ class _Plan:
         self.schedule, self.limits = schedule, schedule.limits
         self.buffers: list[Buffer] = []
         self.top = 0
+        self.running = schedule.program.entry.results[0].name
+        self.kept, self.copied = self._repeated()
         last = schedule.program.exit
         for op in last.ops:
             if isinstance(op.out.type, TensorType) and op.out.tensor.dtype == "f32" and _is_logits(last, op.out):
@@ -50,23 +53,40 @@ class _Plan:
                 self._fixed(f"exit/{op.out.name}.max", padded(op.out.tensor.width) // 32 * 4, self.limits.outputs)
         for value in schedule.program.entry.results:
             self._carry(f"/{value.name}", value)
+        for graph in schedule.program.graphs:
+            for life in self._lives(graph):
+                if f"{graph.name}/{life.root}" in self.kept:
+                    self._fixed(f"{graph.name}/{life.root}", life.row_bytes, life.rows)
         self.base = self.top
 
+    def _repeated(self) -> tuple[set[str], set[str]]:
+        """Places that repeated phases read or write, and those they write: of these every worker has a copy."""
+        found: tuple[set[str], set[str]] = (set(), set())
+        for graph in self.schedule.program.graphs:
+            section = self.schedule.section(graph.name)
+            for phase in graph.phases:
+                if section.repeats(phase):
+                    reads, writes = places(graph, phase, self.running)
+                    found[0].update(reads | writes)
+                    found[1].update(writes)
+        return found
+
     def _carry(self, name: str, value: Value) -> None:
-        rows = self.limits.outputs if value.tensor.shape[0] == OUTPUTS else self.limits.rows
+        rows = self.limits.outputs if value.tensor.shape[0] == OUTPUTS else self.schedule.rows
         self._fixed(name, row_bytes(value), rows)
 
     def _fixed(self, name: str, per_row: int, rows: int) -> None:
-        size = padded(per_row * rows, ALIGN)
-        self.buffers.append(Buffer(name, (name,), per_row, size, self.top))
-        self.top += size
+        size, private = padded(per_row * rows, ALIGN), name in self.copied
+        self.buffers.append(Buffer(name, (name,), per_row, size, self.top, private))
+        self.top += size * (self.schedule.workers if private else 1)
 
     def section(self, graph: Graph) -> None:
         lives = self._lives(graph)
         placed: list[tuple[_Life, int, int]] = []
         for life in sorted(lives, key=lambda x: -x.row_bytes * x.rows):
-            if life.root.startswith("/"):  # carried: placed already
-                self._extend(life)
+            fixed = life.root if life.root.startswith("/") else f"{graph.name}/{life.root}"
+            if fixed.startswith("/") or fixed in self.kept:  # carried or kept: placed already
+                self._extend(fixed, graph, life)
                 continue
             size = padded(life.row_bytes * life.rows, ALIGN)
             span = size * (self.schedule.workers if life.private else 1)
@@ -76,23 +96,23 @@ class _Plan:
             values = tuple(f"{graph.name}/{n}" for n in life.names)
             self.buffers.append(Buffer(name, values, life.row_bytes, size, offset, life.private))
 
-    def _extend(self, life: _Life) -> None:
-        """More names for a carried buffer."""
+    def _extend(self, name: str, graph: Graph, life: _Life) -> None:
+        """More values for a buffer that is placed already."""
         for i, buffer in enumerate(self.buffers):
-            if buffer.name == life.root:
-                names = dict.fromkeys((*buffer.values, *life.names))
+            if buffer.name == name:
+                names = dict.fromkeys((*buffer.values, *(f"{graph.name}/{n}" for n in life.names)))
                 self.buffers[i] = dataclasses.replace(buffer, values=tuple(names))
 
     def _lives(self, graph: Graph) -> list[_Life]:
         index = {op.out.name: i for i, p in enumerate(graph.phases) for op in p.ops}
-        roots = _roots(graph, self.schedule.program.entry.results[0].name)
+        roots = storage(graph, self.running)
         lives: dict[str, _Life] = {}
         for i, phase in enumerate(graph.phases):
-            for value in _memory_values(graph, phase):
+            for value in memory_values(graph, phase):
                 root = roots.get(value.name, value.name)
                 if root.startswith("/"):
                     life = lives.setdefault(root, _Life(root, 0, 0, 0, 0, False, []))
-                    life.names.append(f"{graph.name}/{value.name}")
+                    life.names.append(value.name)
                     continue
                 if _is_logits(graph, value):
                     continue
@@ -132,18 +152,33 @@ def row_bytes(value: Value) -> int:
     return padded(value.tensor.width) * 4
 
 
-def _memory_values(graph: Graph, phase: Phase) -> list[Value]:
+def memory_values(graph: Graph, phase: Phase) -> list[Value]:
     """What a phase leaves in the workspace; tokens go to the step state."""
     kept = stored(graph, phase)
     found = [op.out for op in phase.ops if op.out.name in kept]
     return [v for v in found if isinstance(v.type, TensorType) and v.type.dtype == "f32"]
 
 
+def places(graph: Graph, phase: Phase, running: str) -> tuple[set[str], set[str]]:
+    """Where a phase reads and writes activations: `/x` of carried ones, `GRAPH/x` of a graph's own.
+
+    running: the name of the first value that is carried between sections.
+    """
+    roots = storage(graph, running)
+
+    def place(value: Value) -> str:
+        root = roots.get(value.name, value.name)
+        return root if root.startswith("/") else f"{graph.name}/{root}"
+
+    reads = {place(v) for v in phase.reads if isinstance(v.type, TensorType) and not v.is_weight}
+    return reads, {place(v) for v in memory_values(graph, phase)}
+
+
 def _is_logits(graph: Graph, value: Value) -> bool:
     return any(op.name == "sample" and op.operands[0] == value for op in graph.ops)
 
 
-def _roots(graph: Graph, running: str) -> dict[str, str]:
+def storage(graph: Graph, running: str) -> dict[str, str]:
     """Whose place each value takes: `/x` for the running activation, an operand's for a pointwise result."""
     carried = [p for p in graph.params if isinstance(p.type, TensorType) and not p.is_weight]
     roots = {p.name: f"/{p.name}" for p in carried}
@@ -181,5 +216,3 @@ def _lowest(base: int, size: int, taken: list[tuple[int, int]]) -> int:
             break
         offset = max(offset, end)
     return offset
-
-

@@ -19,18 +19,21 @@ from ..ir.schedule import (
     parts,
     unit_bytes,
 )
+from .repeat import repeated
 
 
 def schedule(program: Program, limits: Limits, bucket: str, workers: int) -> Schedule:
     """Cut each phase's weight bytes evenly over the workers; drains take every W-th tile.
 
-    In the `few` bucket each worker that has tiles packs the activations for itself: cheaper than a join.
+    In the `few` bucket each worker that has tiles packs the activations for itself, and every worker does the work
+    on rows that `repeat.repeated` names: both cheaper than a join.
     """
-    sections = tuple(_section(g, bucket, workers) for g in program.graphs)
+    own = repeated(program) if bucket == "few" else set()
+    sections = tuple(_section(g, bucket, workers, {p for name, p in own if name == g.name}) for g in program.graphs)
     return Schedule(program, limits, bucket, workers, sections)
 
 
-def _section(graph: Graph, bucket: str, workers: int) -> Section:
+def _section(graph: Graph, bucket: str, workers: int, own: set[str]) -> Section:
     queues: list[list[Task]] = [[] for _ in range(workers)]
     events: list[tuple[str, int]] = []
     for phase in graph.phases:
@@ -39,11 +42,15 @@ def _section(graph: Graph, bucket: str, workers: int) -> Section:
         elif phase.anchor_kind == "commit":
             queues[0].append(Task(phase.name, "commit", 0, 1, 1, (), phase.name))
             events.append((phase.name, 1))
+        elif phase.name in own:
+            for queue in queues:
+                queue.append(Task(phase.name, phase.anchor_kind, 0, LIVE))
         else:
             for w, queue in enumerate(queues):
                 queue.append(Task(phase.name, phase.anchor_kind, w, LIVE, workers, (), phase.name))
             events.append((phase.name, workers))
-    return Section(graph.name, tuple(events), events[-1][0], tuple(map(tuple, queues)))
+    end = events[-1][0] if events else ""
+    return Section(graph.name, tuple(events), end, tuple(map(tuple, queues)))
 
 
 def _linear(phase: Phase, queues: list[list[Task]], bucket: str) -> list[tuple[str, int]]:

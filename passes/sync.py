@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 from ..ir.access import Access, accesses
 from ..ir.schedule import PREVIOUS, Schedule, Section, Task
@@ -12,62 +13,67 @@ def sync(schedule: Schedule) -> Schedule:
     """Add the fewest waits that order every read after its write and every overwrite after its reads.
 
     Known to be done: what this worker did itself, and what the signallers of an awaited event knew.
-    The first task of each worker waits for the section before (`^`).
+    The first task of each worker waits for the section before (`^`), unless whatever section that is leaves every
+    worker knowing that it has ended.
     """
-    return schedule.map_sections(lambda s: _section(schedule, s))
+    made = {s.name: _section(schedule, s) for s in schedule.sections}
+    order = [graph.name for graph, _ in schedule.program.sections()]
+    late = {after for before, after in pairwise(order) if not made[before][1]}
+    return schedule.map_sections(lambda s: _after_previous(made[s.name][0]) if s.name in late else made[s.name][0])
 
 
-def _section(schedule: Schedule, section: Section) -> Section:
-    graph = schedule.graph(section.name)
-    first = section.name == schedule.program.entry.name
-    touched = {t: accesses(graph, t) for queue in section.queues for t in queue}
-    needs = _phase_needs(section, touched)
-    order = [name for name, _ in section.events]
-    known_at_event: dict[str, set[str]] = {}
-    known: list[set[str]] = [set() for _ in section.queues]
-    waits: dict[tuple[int, int], tuple[str, ...]] = {}
-    positions = [0] * len(section.queues)
-    for event in order:
-        gathered: set[str] = {event}
-        for w, queue in enumerate(section.queues):
-            while positions[w] < len(queue):
-                i, task = positions[w], queue[positions[w]]
-                if _event_of(task, section) != event:
-                    break
-                waits[w, i] = _waits(task, i, first, needs, known[w], known_at_event, order)
-                for wait in waits[w, i]:
-                    known[w] |= known_at_event.get(wait, set())
-                positions[w] += 1
-                if task.signal:
-                    gathered |= known[w]
-        known_at_event[event] = gathered
+def _after_previous(section: Section) -> Section:
     queues = tuple(
-        tuple(dataclasses.replace(t, waits=waits[w, i]) for i, t in enumerate(queue))
-        for w, queue in enumerate(section.queues)
+        tuple(dataclasses.replace(t, waits=(PREVIOUS, *t.waits)) if i == 0 else t for i, t in enumerate(queue))
+        for queue in section.queues
     )
     return dataclasses.replace(section, queues=queues)
 
 
-def _event_of(task: Task, section: Section) -> str:
-    """The event a task's work is complete with: its own signal, or the later one of its phase."""
+def _section(schedule: Schedule, section: Section) -> tuple[Section, bool]:
+    """A section with the waits for its own events, and whether every worker knows at its end that it has ended."""
+    needs = _needs(schedule, section)
+    known_at_event: dict[str, set[str]] = {}
+    known: list[set[str]] = [set() for _ in section.queues]
+    queues: list[list[Task]] = [[] for _ in section.queues]
+    for group, needed in needs.items():
+        gathered = {group}
+        for w, queue in enumerate(section.queues):
+            for task in queue[len(queues[w]) :]:
+                if _group(task, section) != group:
+                    break
+                waits = _waits(needed, known[w], known_at_event)
+                known[w] = known[w].union(*(known_at_event[wait] for wait in waits))
+                queues[w].append(dataclasses.replace(task, waits=waits))
+                if task.signal:
+                    gathered |= known[w]
+        known_at_event[group] = gathered
+    settled = not section.end or all(section.end in done for done in known)
+    return dataclasses.replace(section, queues=tuple(map(tuple, queues))), settled
+
+
+def _group(task: Task, section: Section) -> str:
+    """What a task's work is part of: its phase, or the packs of its phase where they are joined by themselves."""
     packed = f"{task.phase}.packed"
-    if task.body.startswith("pack.") and packed in dict(section.events):
-        return packed
-    return task.phase
+    return packed if task.body.startswith("pack.") and packed in dict(section.events) else task.phase
 
 
-def _phase_needs(section: Section, touched: dict[Task, tuple[Access, ...]]) -> dict[str, set[str]]:
-    """For each event, the earlier events whose tasks conflict with its tasks, between any two workers."""
-    by_event: dict[str, list[Access]] = {name: [] for name, _ in section.events}
-    for task, found in touched.items():
-        private = task.body.startswith("pack.") and not task.signal and _event_of(task, section) == task.phase
-        by_event[_event_of(task, section)] += [a for a in found if not (private and a.write)]
-    names = list(by_event)
-    needs: dict[str, set[str]] = {name: set() for name in names}
-    for i, later in enumerate(names):
-        for earlier in names[:i]:
-            if _conflict(by_event[earlier], by_event[later]):
-                needs[later].add(earlier)
+def _needs(schedule: Schedule, section: Section) -> dict[str, list[str]]:
+    """For each group of tasks in program order, the earlier ones whose tasks conflict with its own, between any two
+    workers; latest first. Groups without an event write private copies, which conflict with nobody."""
+    graph, events = schedule.graph(section.name), dict(section.events)
+    touched: dict[str, list[Access]] = {g: [] for p in graph.phases for g in (f"{p.name}.packed", p.name)}
+    for queue in section.queues:
+        for task in dict.fromkeys(queue):
+            group = _group(task, section)
+            copies = group not in events or (task.body.startswith("pack.") and group == task.phase)
+            touched[group] += [a for a in accesses(graph, task) if not (copies and a.write)]
+    earlier: list[str] = []
+    needs: dict[str, list[str]] = {}
+    for group, found in touched.items():
+        needs[group] = [name for name in reversed(earlier) if _conflict(touched[name], found)]
+        if group in events:
+            earlier.append(group)
     return needs
 
 
@@ -76,23 +82,11 @@ def _conflict(a: list[Access], b: list[Access]) -> bool:
     return bool(written_a & {x.value for x in b} or written_b & {x.value for x in a})
 
 
-def _waits(
-    task: Task,
-    index: int,
-    first: bool,
-    needs: dict[str, set[str]],
-    known: set[str],
-    known_at_event: dict[str, set[str]],
-    order: list[str],
-) -> tuple[str, ...]:
-    event = task.signal or (f"{task.phase}.packed" if f"{task.phase}.packed" in needs else task.phase)
-    event = event if event in needs else task.phase
-    if not task.body.startswith("pack."):
-        event = task.phase
-    found = [PREVIOUS] if index == 0 and not first else []
+def _waits(needed: list[str], known: set[str], known_at_event: dict[str, set[str]]) -> tuple[str, ...]:
+    found: list[str] = []
     have = set(known)
-    for name in reversed(order):
-        if name in needs[event] and name not in have:
+    for name in needed:
+        if name not in have:
             found.append(name)
             have |= known_at_event[name]
     return tuple(found)

@@ -74,7 +74,7 @@ def cycle(schedule: Schedule, random: Random) -> Schedule | None:
     """One more wait, mostly for something later."""
 
     def change(task: Task, section: Section) -> Task:
-        later = [e for e, _ in section.events]
+        later = [e for e, _ in section.events] or [PREVIOUS]
         return dataclasses.replace(task, waits=(*task.waits[:1], random.choice(later[len(later) // 2 :])))
 
     return _edit(schedule, random, lambda t: True, change)
@@ -123,7 +123,7 @@ def early_signal(schedule: Schedule, random: Random) -> Schedule | None:
 
 @mutation
 def wrong_target(schedule: Schedule, random: Random) -> Schedule | None:
-    section = random.choice(schedule.sections)
+    section = random.choice([s for s in schedule.sections if s.events])
     at, by = random.randrange(len(section.events)), random.choice([-1, 1])
     events = tuple((e, t + by * (i == at)) for i, (e, t) in enumerate(section.events))
     return _with_section(schedule, dataclasses.replace(section, events=events))
@@ -132,7 +132,8 @@ def wrong_target(schedule: Schedule, random: Random) -> Schedule | None:
 @mutation
 def wrong_end(schedule: Schedule, random: Random) -> Schedule | None:
     section = random.choice(schedule.sections)
-    return _with_section(schedule, dataclasses.replace(section, end=random.choice(section.events)[0]))
+    end = random.choice(["", *(e for e, _ in section.events)])
+    return _with_section(schedule, dataclasses.replace(section, end=end))
 
 
 @mutation
@@ -200,6 +201,20 @@ def wrong_drain(schedule: Schedule, random: Random) -> Schedule | None:
         return dataclasses.replace(task, step=max(1, task.step + random.choice([-1, 1, 1])))
 
     return _edit(schedule, random, lambda t: t.last == LIVE, change)
+
+
+@mutation
+def other_rows(schedule: Schedule, random: Random) -> Schedule | None:
+    """Workers share the rows of a phase that each should run in full, or the other way round."""
+    picked = _pick(schedule, random, lambda t: t.body == "rows")
+    if picked is None:
+        return None
+    section, queues, w, i = picked
+    phase, repeated, n = queues[w][i].phase, not queues[w][i].signal, len(queues)
+    for worker, queue in enumerate(queues):
+        place = (worker, n) if repeated else (0, 1)
+        queue[:] = [dataclasses.replace(t, first=place[0], step=place[1]) if t.phase == phase else t for t in queue]
+    return _with_queues(schedule, section, queues)
 
 
 def _buffers(schedule: Schedule, random: Random, change: Callable[[Buffer], Buffer]) -> Schedule:

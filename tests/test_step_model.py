@@ -122,6 +122,16 @@ def test_a_layer_joins_five_times_and_the_end_thrice():
     assert sum(p.layers for p in modelled().phases if p.join_us) == 36 * 5 + 3
 
 
+def test_work_that_every_worker_repeats_costs_all_of_them_and_no_join():
+    made = tiny("gemma3", "q4_0").schedule("few", 4)
+    step = model(made, H100)
+    assert sum(p.layers for p in step.phases if p.join_us) == 3 * 5 + 3 - 1  # the first phase follows none
+    norms = [p for p in step.phases if p.kind == "rows"]
+    assert [p.phase for p in norms] == ["rows_angles_local", "rows_x1", "rows_x2", "rows_x1", "rows_x2"]
+    assert all(start == norm.start_us[0] > 0 for norm in norms for start in norm.start_us)
+    assert all(p.join_us == 0 for p in step.phases if p.phase in ("q_k_v", "gate_up"))
+
+
 def test_what_is_assumed_is_said():
     said = "\n".join(modelled().assumptions)
     assert "join_us 2 (assumed)" in said

@@ -144,7 +144,7 @@ def test_in_place_over_a_value_that_other_workers_still_read_is_refused():
 
 
 def test_parts_of_two_values_are_told_apart_only_where_rows_lie_alike():
-    made = base("gemma3", "few", 2)
+    made = base("gemma3", "many", 2)
     sections = made.section("local"), made.section("global")
     window, stuck = run_window(*sections)
     assert not stuck

@@ -78,6 +78,15 @@ def llvm_switches() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def stop_at_ptx(*pipeline: Any) -> tuple[str, str] | None:
+    """Triton's hook into its stages: without the last, as `assemble` makes the cubin. Alone, its key for caches."""
+    if not pipeline:
+        return "ptx only", "ptx only"
+    _, stages, *_ = pipeline
+    stages["cubin"] = lambda ptx, metadata: ptx.encode()
+    return None
+
+
 def load_module(text: str) -> ModuleType:
     """The generated text as a module; Triton finds its source through linecache."""
     name = f"onelaunch_step_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -97,6 +106,7 @@ def compile_kernel(
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
         import triton
+        from triton import knobs
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError as error:
@@ -108,7 +118,8 @@ def compile_kernel(
     source = ASTSource(fn=step, signature=types, constexprs={}, attrs=aligned)
     options = OPTIONS | {"num_warps": warps}
     try:
-        with llvm_switches():
+        with llvm_switches(), knobs.runtime.scope():
+            knobs.runtime.add_stages_inspection_hook = stop_at_ptx
             made: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:
         raise CompileError(f"sm_{arch}: Triton could not compile the step: {str(error).splitlines()[0]}") from error
