@@ -7,14 +7,13 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import FAMILY_NAMES, LIMITS, Tiny, tiny
+from tiny import FAMILY_NAMES, LIMITS, Tiny, tiny, two_layers
 
 from onelaunch.ir.errors import VerifyError
 from onelaunch.ir.graph import Program
 from onelaunch.ir.reference import Slot
 from onelaunch.ir.schedule import Schedule
 from onelaunch.ir.schedule_text import parse_schedule, show_schedule
-from onelaunch.ir.text import parse
 from onelaunch.ir.validate import validate
 from onelaunch.ir.vm import Outcome, VirtualMachine
 from onelaunch.passes import SCHEDULE_PASSES, schedule
@@ -56,8 +55,6 @@ def layer(*lines: str, result: str = "x1", attention: bool = True) -> Program:
     matrices = ", ".join(f"w.{name}: q8_0[64, 64]" for name in ("q", "k", "v", "o", "down", "last"))
     body = "\n".join(lines)
     text = f"""
-        program p {{
-          graph entry(rows: rows, w.embed: q8_0[64, 64]) -> (x) {{ x: f32[R, 64] = embed(rows, w.embed) }}
           graph layer(
             x: f32[R, 64], kv: kv[4, 16, 0], rows: rows, w.n: f32[64], w.m: f32[64], {matrices}
           ) -> ({result}) {{
@@ -66,17 +63,8 @@ def layer(*lines: str, result: str = "x1", attention: bool = True) -> Program:
             y: f32[R, 64] = linear({"a" if attention else "h"}, w.o)
             {body}
           }}
-          layers layer*2
-          graph exit(x: f32[R, 64], rows: rows, slots: slots, w.embed: q8_0[64, 64]) -> (slots1) {{
-            s: f32[L, 64] = select(x, rows)
-            logits: f32[L, 64] = linear(s, w.embed)
-            token: i32[L] = sample(logits, rows, slots)
-            slots1: slots = commit(token, rows, slots)
-          }}
-        }}"""
-    program = parse(text)
-    assert isinstance(program, Program)
-    return Tiny(program, {}, 0).lowered
+"""
+    return Tiny(two_layers(text), {}, 0).lowered
 
 
 def proved(program: Program, workers: int) -> Schedule:

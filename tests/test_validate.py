@@ -8,16 +8,14 @@ import time
 from functools import cache
 
 import pytest
-from tiny import FAMILY_NAMES, LIMITS, Tiny, tiny
+from tiny import FAMILY_NAMES, LIMITS, Tiny, tiny, two_layers
 
 from onelaunch.ir.certificate import check_certificate
 from onelaunch.ir.errors import VerifyError
-from onelaunch.ir.graph import Program
 from onelaunch.ir.ordering import classes, meet, run_window
 from onelaunch.ir.placement import touches
 from onelaunch.ir.schedule import BUCKETS, Schedule
 from onelaunch.ir.schedule_text import parse_schedule, show_schedule
-from onelaunch.ir.text import parse
 from onelaunch.ir.validate import validate, validate_buckets
 from onelaunch.passes import SCHEDULE_PASSES, schedule
 
@@ -158,24 +156,13 @@ def test_parts_of_two_values_are_told_apart_only_where_rows_lie_alike():
 
 def _one_layer(last: str) -> Schedule:
     text = f"""
-        program parallel {{
-          graph entry(rows: rows, w.embed: q8_0[64, 64]) -> (x) {{ x: f32[R, 64] = embed(rows, w.embed) }}
           graph layer(x: f32[R, 64], w.n: f32[64], w.up: q8_0[64, 64]) -> (x1) {{
             h: f32[R, 64] = rms_norm(x, w.n, eps=1e-05)
             y: f32[R, 64] = linear(h, w.up)
             {last}
           }}
-          layers layer*2
-          graph exit(x: f32[R, 64], rows: rows, slots: slots, w.embed: q8_0[64, 64]) -> (slots1) {{
-            s: f32[L, 64] = select(x, rows)
-            logits: f32[L, 64] = linear(s, w.embed)
-            token: i32[L] = sample(logits, rows, slots)
-            slots1: slots = commit(token, rows, slots)
-          }}
-        }}"""
-    program = parse(text)
-    assert isinstance(program, Program)
-    made = schedule(Tiny(program, {}, 0).lowered, LIMITS, "few", 2)
+"""
+    made = schedule(Tiny(two_layers(text), {}, 0).lowered, LIMITS, "few", 2)
     for _, run in SCHEDULE_PASSES:
         made = run(made)
     return made

@@ -13,6 +13,7 @@ from onelaunch.ir.graph import Graph, Program
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import KvCache, RowBatch, Slot, Slots
 from onelaunch.ir.schedule import Schedule
+from onelaunch.ir.text import parse
 from onelaunch.ir.types import CacheType, TensorType, Type
 from onelaunch.models.importer import FAMILIES, family_text
 from onelaunch.models.instantiate import evaluate_number, instantiate
@@ -74,6 +75,24 @@ def tiny(family: str, fmt: str = "q8_0", seed: int = 0, **changes: Any) -> Tiny:
                     formats[key] = kind
     program = instantiate(text, hyper, lambda name, i: types[name if i < 0 else f"{i}.{name}"])
     return Tiny(program, formats, seed)
+
+
+def two_layers(layer: str) -> Program:
+    """A program of 64 wide rows around the text of `graph layer`, which takes x and gives the next x."""
+    program = parse(f"""
+        program small {{
+          graph entry(rows: rows, w.embed: q8_0[64, 64]) -> (x) {{ x: f32[R, 64] = embed(rows, w.embed) }}
+          {layer}
+          layers layer*2
+          graph exit(x: f32[R, 64], rows: rows, slots: slots, w.embed: q8_0[64, 64]) -> (slots1) {{
+            s: f32[L, 64] = select(x, rows)
+            logits: f32[L, 64] = linear(s, w.embed)
+            token: i32[L] = sample(logits, rows, slots)
+            slots1: slots = commit(token, rows, slots)
+          }}
+        }}""")
+    assert isinstance(program, Program)
+    return program
 
 
 def _random(name: str, kind: TensorType, random: torch.Generator) -> torch.Tensor:
