@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder of the Qwen3 architecture with tied embeddings."""
+    """A dense decoder of the Qwen3 architecture."""
 
     hidden: int
     layers: int
@@ -41,12 +41,14 @@ class Shape:
     context: int = 40960
     rope_theta: float = 1e6
     eps: float = 1e-6
+    tied: bool = True  # the head is the embedding
 
 
 SHAPES = {
     "qwen3-tiny": Shape(256, 4, 4, 2, 64, 768, 2048, context=4096),
     "qwen3-0.6b": Shape(1024, 28, 16, 8, 128, 3072, 151936),
     "qwen3-1.7b": Shape(2048, 28, 16, 8, 128, 6144, 151936),
+    "qwen3-8b": Shape(4096, 36, 32, 8, 128, 12288, 151936, tied=False),
 }
 
 # name: (storage of the linears, of the tied embedding and head); `llama-quantize` pairs q4_0 with q6_k
@@ -181,9 +183,13 @@ def add_tokenizer(writer: GGUFWriter, vocab: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def write_gguf(path: Path, name: str, format_name: str, seed: int = 0) -> None:
-    """Write shape `name` in storage `format_name`; about 3 s and twice the file's size in memory at 0.6B."""
+def write_gguf(path: Path, name: str, format_name: str, seed: int = 0, layers: int = 0) -> None:
+    """Write shape `name` in storage `format_name`, cut to `layers` if not 0.
+
+    About 3 s and twice the file's size in memory at 0.6B.
+    """
     shape, (linear, head) = SHAPES[name], FORMATS[format_name]
+    shape = replace(shape, layers=layers or shape.layers)
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(path, "qwen3")
     writer.add_name(f"{name} random weights, {format_name}, seed {seed}")
@@ -192,6 +198,9 @@ def write_gguf(path: Path, name: str, format_name: str, seed: int = 0) -> None:
 
     embedding = BUILDERS[head](rng, shape.vocab, shape.hidden, 1 / math.sqrt(shape.hidden))
     writer.add_tensor("token_embd.weight", embedding, raw_dtype=head)
+    if not shape.tied:
+        output = BUILDERS[head](rng, shape.vocab, shape.hidden, 1 / math.sqrt(shape.hidden))
+        writer.add_tensor("output.weight", output, raw_dtype=head)
     for tensor, rows, cols, gain in matrices(shape):
         writer.add_tensor(tensor, BUILDERS[linear](rng, rows, cols, gain / math.sqrt(cols)), raw_dtype=linear)
     for tensor, dim in norms(shape):
@@ -208,10 +217,11 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--format", choices=FORMATS, default="q4_0", help="storage [default: q4_0]")
     parser.add_argument("-o", "--output", type=Path, help="file to write [default: SHAPE-FORMAT.gguf]")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has [default: all]")
     parser.add_argument("--seed", type=int, default=0, help="of the weights [default: 0]")
     args = parser.parse_args()
     path = args.output or Path(f"{args.shape}-{args.format}.gguf")
-    write_gguf(path, args.shape, args.format, args.seed)
+    write_gguf(path, args.shape, args.format, args.seed, args.layers)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
