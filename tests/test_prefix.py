@@ -21,7 +21,7 @@ WINDOWED = groups()[1:]  # a window of 70 tokens
 
 
 class Watched(ToyBackend):
-    """A toy that refuses to write a page that is kept or that two slots hold."""
+    """A toy that refuses to write a page that is kept or that two slots hold, or to read one that is not the slot's."""
 
     cache: Cache
 
@@ -34,6 +34,8 @@ class Watched(ToyBackend):
                 assert page in self.cache.of(slot)[g]
                 assert self.cache._held(g)[page] == 1
                 assert not pool.used[page]
+                lowest = max(0, int(s.row_position[r]) - (self._groups[g].window or 10**9) + 1)
+                assert lowest // PAGE_TOKENS >= self.cache._spans[slot][g].first
         super().step()
 
 
@@ -212,8 +214,7 @@ def test_nobody_waits_for_what_was_computed_and_is_gone() -> None:
 def test_a_burst_does_not_run_ahead_of_what_the_rings_hold() -> None:
     """A ring holds a window and a step's rows: laid out further ahead, a page would go while it is still read."""
     f = Fixture(Limits(rows=5, slots=3, context=512, outputs=4, few_rows=4))
-    f.run(Request(tokens(500, 9), 1))  # no page of a windowed group is free any more, three are nobody's
-    requests = [Request(tokens(60, 1), 420), Request(tokens(180, 2), 300)]
+    requests = [Request(tokens(count, count), 250) for count in (180, 181)]
     f.run(*requests, burst=400)
     assert all(request.tokens == alone(request) for request in requests)
 
