@@ -1,7 +1,7 @@
 """The CUDA backend without a GPU: its protocol against a fake driver, and machines that have no driver.
 
-Each test of cuda_protocol.py, cuda_picking.py and cuda_prefix.py is one case here. They run together in a process of their own,
-because the driver library is found by name, once per process: LD_LIBRARY_PATH leads to the fake one there.
+Each test of cuda_protocol.py, cuda_picking.py and cuda_prefix.py is one case here. They run together in a process of
+their own, because the driver library is found by name, once per process: LD_LIBRARY_PATH leads to the fake one there.
 Nothing in this file runs on a GPU.
 """
 
