@@ -1,90 +1,17 @@
-"""Prefix reuse against the toy model: what is shared, kept and evicted never changes what a request says."""
+"""Prefix reuse against the toy model: what is shared, kept and evicted, and who waits for whom."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-
-import numpy as np
 import pytest
 
 from onelaunch.ir.limits import PAGE_TOKENS, Limits
-from onelaunch.ir.sampling import Sampling
-from onelaunch.runtime.cache import Cache, page_counts
-from onelaunch.runtime.manifest import CacheGroup
 from onelaunch.runtime.prefix import Node, page_key
-from onelaunch.runtime.rows import Request, RowScheduler
-from onelaunch.tests.test_rows import alone, finish, interrupted
-from onelaunch.tests.toy import LIMITS, NAN, VOCAB, ToyBackend, groups
+from onelaunch.runtime.rows import Request
+from onelaunch.tests.prefixes import Fixture, tokens
+from onelaunch.tests.test_rows import alone, finish
+from onelaunch.tests.toy import NAN, groups
 
 WINDOWED = groups()[1:]  # a window of 70 tokens
-
-
-class Watched(ToyBackend):
-    """A toy that refuses to write a page that is kept or that two slots hold, or to read one that is not the slot's."""
-
-    cache: Cache
-
-    def step(self) -> None:
-        s = self.state
-        for r in range(int(s.n_rows[0])):
-            slot, p = int(s.row_slot[r]), int(s.row_position[r]) // PAGE_TOKENS
-            for g, pool in enumerate(self.cache.pools):
-                page = int(s.pages[g, slot, p])
-                assert page in self.cache.of(slot)[g]
-                assert self.cache._held(g)[page] == 1
-                assert not pool.used[page]
-                lowest = max(0, int(s.row_position[r]) - (self._groups[g].window or 10**9) + 1)
-                assert lowest // PAGE_TOKENS >= self.cache._spans[slot][g].first
-        super().step()
-
-
-class Fixture:
-    """A scheduler, its backend and its cache."""
-
-    def __init__(
-        self,
-        limits: Limits = LIMITS,
-        kv_tokens: int | None = None,
-        kinds: Sequence[CacheGroup] = (),
-        keep: bool = True,
-    ) -> None:
-        kinds = kinds or groups(limits)
-        counts = page_counts(kinds, limits, kv_tokens)
-        self.backend = Watched(limits, kinds, counts)
-        self.cache = Cache(kinds, counts, self.backend.state.pages, limits.context, keep)
-        self.backend.cache = self.cache
-        self.rows = RowScheduler(self.backend, limits, self.cache, VOCAB)
-
-    def run(self, *requests: Request, burst: int = 1) -> None:
-        for request in requests:
-            self.rows.submit(request)
-        finish(self.rows, burst)
-
-    def check(self) -> None:
-        """Every page that is kept holds the tokens it is filed under, and is filed where it is found."""
-        for g, pool in enumerate(self.cache.pools):
-            for page in np.flatnonzero(pool.used > 0).tolist():
-                node = pool.nodes[page]
-                assert node is not None
-                assert pool.find(node) == page
-                assert (self.backend.kv[g][:, page] == np.frombuffer(node.tokens, np.int32)).all()
-                while node.parent:
-                    assert node.parent.children[node.tokens] is node
-                    node = node.parent
-                assert node is self.cache.root
-
-    def check_no_leak(self) -> None:
-        """Nothing is held; with what is kept dropped, every page is free and no token remembered."""
-        assert all(held == 0 for held, _, _ in self.cache.counts())
-        self.cache.forget()
-        assert [free for _, _, free in self.cache.counts()] == [pool.size for pool in self.cache.pools]
-        assert not self.cache.root.children
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(256) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -314,80 +241,3 @@ def test_off_nothing_is_kept() -> None:
         f.run(request, burst=16)
         assert (request.reused, request.tokens) == (0, alone(request))
     assert [known for _, known, _ in f.cache.counts()] == [0, 0]
-
-
-def random_requests(rng: random.Random, longest: int, count: int) -> list[Request]:
-    """Prompts that branch from each other anywhere, page boundaries preferred."""
-    made: list[Request] = []
-    for _ in range(count):
-        stem = rng.choice(made).prompt if made and rng.random() < 0.8 else []
-        cut = rng.choice([len(stem), len(stem) // 64 * 64, rng.randint(0, len(stem))])
-        more = rng.choice([0, 1, 64, rng.randint(1, 150)])
-        prompt = [*stem[:cut], *(rng.randrange(3) for _ in range(more))][: longest - 1] or [1]
-        sampling = Sampling(
-            temperature=rng.choice([0.0, 0.7]), repetition_penalty=rng.choice([1.0, 1.2]), seed=rng.randrange(9)
-        )
-        stop = tuple(rng.sample(range(256), rng.choice([0, 8])))
-        made.append(Request(prompt, rng.randint(1, min(120, longest - len(prompt))), sampling, stop))
-    return made
-
-
-def random_fixture(rng: random.Random) -> tuple[Fixture, int]:
-    limits = Limits(
-        rows=rng.choice([1, 5, 16, 70]), slots=rng.choice([1, 2, 4]), context=512, outputs=4, few_rows=4
-    )
-    kv_tokens = rng.choice([None, 256, 320, 450])
-    return Fixture(limits, kv_tokens), min(512, kv_tokens or 512)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_random_prompts_in_a_small_cache_say_what_each_says_alone(seed: int) -> None:
-    rng = random.Random(seed)
-    f, longest = random_fixture(rng)
-    requests = random_requests(rng, longest, 14)
-    waiting, cancelled = list(reversed(requests)), []
-    while waiting or not f.rows.idle:
-        while waiting and rng.random() < 0.3:
-            f.rows.submit(waiting.pop())
-        f.rows.step(rng.choice([1, 1, 7, 40]))
-        if rng.random() < 0.02 and f.rows.running:
-            cancelled.append(rng.choice(f.rows.running))
-            f.rows.cancel(cancelled[-1:])
-        f.check()
-    for request in requests:
-        assert request.tokens == alone(request)[: len(request.tokens)]
-        assert (request.finish in ("stop", "length")) != (request in cancelled)
-        assert request in cancelled or len(request.tokens) == len(alone(request))
-    f.check_no_leak()
-
-
-def test_the_random_prompts_do_share_and_do_evict() -> None:
-    """What the test above draws is what it is about."""
-    reused = evicted = 0
-    for seed in range(10):
-        rng = random.Random(seed)
-        f, longest = random_fixture(rng)
-        requests = random_requests(rng, longest, 14)
-        f.run(*requests)
-        reused += sum(request.reused for request in requests)
-        known = sum(known for _, known, _ in f.cache.counts())
-        evicted += sum(len(r.prompt) // 64 for r in requests) > known
-    assert reused > 2000
-    assert evicted > 3
-
-
-@pytest.mark.parametrize("seed", range(16))
-def test_an_interrupt_at_any_line_tears_no_shared_page(seed: int) -> None:
-    rng = random.Random(seed)
-    f = Fixture(kv_tokens=rng.choice([256, 400]))
-    requests = random_requests(rng, 200, 6)
-    for request in requests:
-        f.rows.submit(request)
-    while not f.rows.idle:
-        interrupted(lambda: f.rows.step(rng.choice([1, 4])), after=rng.randint(1, 1500))
-        if not f.rows._torn:
-            f.check()
-    assert all(request.tokens == alone(request) for request in requests)
-    assert all(held == 0 for held, _, _ in f.cache.counts())
-    f.cache.forget()
-    assert all(free == pool.size for (_, _, free), pool in zip(f.cache.counts(), f.cache.pools, strict=True))

@@ -43,7 +43,7 @@ Penalty = Annotated[float, typer.Option(min=0.01, help="Against tokens seen befo
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text", rich_help_panel=SAMPLING)]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")]
 PrefixCache = Annotated[
-    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Do not read again what the KV cache still holds")
+    bool, typer.Option(" /--no-prefix-cache", help="Read again what the KV cache still holds")
 ]
 WHERE = ("threads", "context", "device", "segments", "prefix_cache")
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
