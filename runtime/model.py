@@ -48,11 +48,12 @@ class Model:
         target: str = "",
         threads: int = 1,
         segments: str = "mega",
+        prefix_cache: bool = True,
     ) -> None:
         self.manifest, self.target, self.threads, self.segments = manifest, target, threads, segments
         self.name, self.limits, self.vocab = manifest.name, manifest.limits, manifest.vocab
         self._backend, self._read_tokenizer = backend, read_tokenizer
-        self._cache = Cache(manifest.caches, kv_pages, backend.state.pages, self.limits.context)
+        self._cache = Cache(manifest.caches, kv_pages, backend.state.pages, self.limits.context, prefix_cache)
         self._scheduler = RowScheduler(backend, self.limits, self._cache, self.vocab)
         self._direct = DirectRows(backend, self.limits, self._cache, manifest.caches, self.vocab)
         self._lock = threading.RLock()

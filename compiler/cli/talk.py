@@ -42,7 +42,10 @@ MinP = Annotated[
 Penalty = Annotated[float, typer.Option(min=0.01, help="Against tokens seen before, 1 none", rich_help_panel=SAMPLING)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text", rich_help_panel=SAMPLING)]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")]
-WHERE = ("threads", "context", "device", "segments")
+PrefixCache = Annotated[
+    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Do not read again what the KV cache still holds")
+]
+WHERE = ("threads", "context", "device", "segments", "prefix_cache")
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text, may be repeated")]
 
@@ -62,6 +65,7 @@ class Options:
     context: Context = None
     device: Device = "auto"
     segments: Segments = "mega"
+    prefix_cache: PrefixCache = True
     stats: Stats = False
     json: Json = False
 
@@ -163,7 +167,8 @@ def _turn(model: Model, messages: list[dict[str, str]], options: Options) -> lis
 
 def _stats(result: Generation) -> None:
     t = result.timings
+    reused = f" ({result.reused_tokens} reused)" if result.reused_tokens else ""
     note(
-        f"prompt {result.prompt_tokens} tokens, {t.prompt_per_second:.1f}/s; "
+        f"prompt {result.prompt_tokens} tokens{reused}, {t.prompt_per_second:.1f}/s; "
         f"generated {len(result.tokens)}, {t.decode_per_second:.1f}/s; ended by {result.finish_reason}"
     )
