@@ -135,11 +135,13 @@ def _source(
 
 
 def _misfit(checkpoint: Checkpoint, weight: str, name: str, shape: tuple[int, ...]) -> str:
-    """Why a tensor cannot be a weight, or part of one; empty when it can. A vector may be stored in any shape."""
+    """Why a tensor cannot be a weight, or part of one; empty when it can. A vector may be stored in any shape, and a
+    matrix of one row as a vector."""
     info = checkpoint.tensors.get(name)
     if info is None:
         return f"missing tensor `{name}` (weight `{weight}`, {list(shape)})"
-    if info.shape != shape and (len(shape) > 1 or prod(info.shape) != shape[0]):
+    vector = len(shape) == 1 or shape[0] == 1
+    if info.shape != shape and not (vector and prod(info.shape) == prod(shape)):
         return f"tensor `{name}`: expected shape {list(shape)}, got {list(info.shape)}"
     if info.format not in FORMATS:
         return f"tensor `{name}`: format `{info.format}` is not supported"
