@@ -129,7 +129,7 @@ def manifest(
     logits = program.logits
     vocab = logits.tensor.width
     one = next(iter(schedules.values()))[BUCKETS[0]]
-    fields = state_fields(limits, vocab, len(groups))
+    fields = state_fields(limits, vocab, len(groups), program.routing)
     return {
         "schema": SCHEMA,
         "onelaunch": __version__,

@@ -8,7 +8,8 @@ An access names a value, the part of it that is touched, and whether it is writt
     all              everything
 
 Besides a graph's own values there are panels, `VALUE.max` (the largest of each 32 logits), `kv.k` and `kv.v` (the
-layer's cache) and `state`: the rows and slots, which every task reads and commit overwrites.
+layer's cache) and `state`: the rows and slots, which every task reads and commit overwrites. Which
+experts a layer's rows have is noted in the step state by one task per layer, for the host alone: no access.
 """
 
 from __future__ import annotations

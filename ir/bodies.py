@@ -147,6 +147,8 @@ class BodyArgs:
             found["unit"] = Arg("value", unit_value(part))
         if phase.anchor_kind == "experts":
             found["gather"] = Arg("value", gather_value(part))
+        if phase.is_drain:
+            found["layer"] = Arg("layer")
         matrices = {part_weight((op,)) for op in part}
         for value in (v for op in part for v in op.operands[1:] if v not in matrices):  # gates, biases
             found |= _operand(value)

@@ -13,7 +13,7 @@ from ...ir.schedule import padded, part_experts, part_units, unit_rows, value_fl
 from ...ir.types import Value
 from . import emit
 
-NOT_POINTERS = ("weight", "panel", "gather", "blocks", "tiles")
+NOT_POINTERS = ("weight", "panel", "gather", "blocks", "tiles", "layer")
 
 
 def experts_fields(phase: Phase, part: tuple[Op, ...], numbers: dict[str, int], kept: set[str]) -> dict[str, Any]:

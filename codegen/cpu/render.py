@@ -84,7 +84,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
         bodies=listed,
         state_fields=[
             {"name": f.name, "ctype": C_TYPES[f.dtype], "offset": f.offset}
-            for f in state_fields(limits, vocab, len(groups))
+            for f in state_fields(limits, vocab, len(groups), program.routing)
         ],
     )
     return Source(_inline(text, set()), bodies)

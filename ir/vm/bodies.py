@@ -148,6 +148,8 @@ class Call:
             columns = slice(self.first * unit, min(self.last * unit, anchor.out.tensor.width))
             self._store(self._expert_values(part, mine, columns), columns)
             return
+        if self.first == 0:
+            self.state.routing[self.args["layer"], : len(mine)] = mine.numpy()
         active = sorted({e for e in mine.flatten().tolist() if e >= 0})
         units = part_units(self.phase, part)
         for tile in self.tiles(len(active) * units):

@@ -89,6 +89,13 @@ struct Routes {
     each(gates, stride, rows, [&](int e, Assignment a) { list[count[e]++] = a; });
   }
 
+  // Each row's experts in order, [rows][CHOICES], -1 beyond them: for the host to look at.
+  void note(int32_t* out, int rows) const {
+    for (int i = 0; i < rows * CHOICES; ++i) out[i] = -1;
+    for (int i = 0; i < active; ++i)
+      for (int a = first[i]; a < first[i + 1]; ++a) out[list[a].row * CHOICES + list[a].slot] = expert[i];
+  }
+
  private:
   template <class Use>
   static void each(const float* gates, size_t stride, int rows, Use use) {
