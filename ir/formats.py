@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import expect
+from .quantizers import QUANTIZERS
 
 Array = np.ndarray
 
@@ -153,14 +154,13 @@ def quantize(fmt: Format, x: Array) -> Array:
     n, k = x.shape
     if fmt.dense:
         return np.ascontiguousarray(x.astype(fmt.record)).view(np.uint8).reshape(n, fmt.row_bytes(k))
-    quantizers = {"q4_0": _quantize_q4_0, "q8_0": _quantize_q8_0}
-    known = ", ".join(f"`{name}`" for name in quantizers)
-    expect(fmt.name in quantizers, f"cannot quantize to `{fmt.name}`", hint=f"use {known} or a dense format")
+    known = ", ".join(f"`{name}`" for name in QUANTIZERS)
+    expect(fmt.name in QUANTIZERS, f"cannot quantize to `{fmt.name}`", hint=f"use {known} or a dense format")
     out = np.empty((n, fmt.row_bytes(k)), np.uint8)
     step = max(1, (1 << 20) // k)  # rows at a time, to bound the temporaries
     for start in range(0, n, step):
         rows = np.ascontiguousarray(x[start : start + step], np.float32)
-        records = quantizers[fmt.name](rows.reshape(-1, fmt.disk_block), fmt.record)
+        records = QUANTIZERS[fmt.name](rows.reshape(-1, fmt.disk_block), fmt.record)
         out[start : start + step] = records.view(np.uint8).reshape(len(rows), -1)
     return out
 
@@ -238,34 +238,6 @@ def _six_bit_scales(packed: Array) -> tuple[Array, Array]:
     scales = np.concatenate([low & 63, high & 15 | low >> 6 << 4], axis=-1)
     mins = np.concatenate([mid & 63, high >> 4 | mid >> 6 << 4], axis=-1)
     return scales, mins
-
-
-def _inverse(d: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        return np.where(d == 0, np.float32(0), np.float32(1) / d)
-
-
-def _quantize_q4_0(x: Array, record: np.dtype) -> Array:
-    """d = (the value of largest magnitude, with its sign) / -8: that value becomes code 0."""
-    peak = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
-    d = peak / np.float32(-8)
-    q = np.trunc(x * _inverse(d) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-    out = np.empty(len(x), record)
-    out["d"] = d[:, 0]
-    out["qs"] = q[:, :16] | q[:, 16:] << 4
-    return out
-
-
-def _quantize_q8_0(x: Array, record: np.dtype) -> Array:
-    """d = largest magnitude / 127, codes rounded half away from zero."""
-    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    scaled = x * _inverse(d)
-    whole = np.trunc(scaled)
-    q = whole + np.trunc(np.float32(2) * (scaled - whole))
-    out = np.empty(len(x), record)
-    out["d"] = d[:, 0]
-    out["qs"] = q.astype(np.int8).view(np.uint8)
-    return out
 
 
 def _dense(name: str, gguf: int, dtype: type) -> Format:

@@ -15,8 +15,8 @@ import numpy as np
 
 from ..ir.errors import LoadError, nearest
 from .checkpoint import TensorInfo
+from .gguf_experts import gguf_experts
 from .hf_experts import FAMILIES as EXPERTS
-from .hf_experts import NONE
 from .rope import scaling_problems
 
 FAMILIES = {
@@ -134,26 +134,6 @@ def gguf_hyper(
             arch.reasons, place=place, hint="pass over a key that cannot matter with `--ignore-config KEY`"
         )
     return family, hyper
-
-
-def gguf_experts(arch: Keys, family: str) -> dict[str, Any]:
-    """Hyper-parameters of the experts; those of NONE for a family without."""
-    if family not in EXPERTS:
-        return NONE
-    experts, used = arch.integer("expert_count", most=4096), arch.integer("expert_used_count")
-    if used > experts:
-        arch.complain("expert_used_count", f"at most the {experts} experts", used)
-    shared = family == "qwen2_moe"
-    whole = arch.integer("feed_forward_length", 1)
-    return {
-        "experts": experts,
-        "experts_used": used,
-        "moe_ffn": whole if family == "mixtral" else arch.integer("expert_feed_forward_length"),
-        "shared_ffn": arch.integer("expert_shared_feed_forward_length") if shared else 0,
-        "norm_topk": int(not shared),  # llama.cpp: for these architectures, whatever the model was trained with
-        "swiglu_limit": 7.0 if family == "gpt_oss" else 0.0,
-        "swiglu_alpha": 1.702 if family == "gpt_oss" else 0.0,
-    }
 
 
 def _sizes(arch: Keys, family: str, tensors: Tensors) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from ..bodies import part_epilogue, part_of, sample_scratch_bytes
 from ..graph import Graph
 from ..limits import SPLIT_TOKENS, Limits, partial_floats
 from ..op import Op
-from ..ops import Append, Attend, ElementwiseOp, ExpertLinear, Linear, MatrixOp, Select
-from ..ops.experts import chosen
+from ..ops import Append, Attend, ElementwiseOp, Linear, MatrixOp, Select
 from ..phases import Phase
 from ..reference import RowBatch
 from ..sampling import Sampling, sample
-from ..schedule import LIVE, padded, panel_kind, panel_row_bytes, panel_rows, part_units
+from ..schedule import LIVE, padded, panel_kind, panel_row_bytes, panel_rows
 from ..types import OUTPUTS, TensorType, Value
+from .experts import run_experts
 from .memory import Cache, State, Workspace
 
 
@@ -49,7 +49,7 @@ class Call:
         if self.body.startswith("pack."):
             self._pack()
         else:
-            {"linear": self._linear, "experts": self._experts, "attend": self._attend, "rows": self._rows,
+            {"linear": self._linear, "experts": lambda: run_experts(self), "attend": self._attend, "rows": self._rows,
              "sample": self._sample, "commit": self._commit}[self.phase.anchor_kind]()  # fmt: skip
 
     # ---- rows and values --------------------------------------------------------------------
@@ -115,7 +115,7 @@ class Call:
         rows = [row * inner + i for row in tiles for i in range(inner)]
         self.space.put_panel(self.args["panel"], size, rows, packed.reshape(-1, x.tensor.width))
 
-    def _panel(self, op: MatrixOp) -> Tensor:
+    def panel(self, op: MatrixOp) -> Tensor:
         """The activation as a matrix reads it, [n, ..]."""
         n, inner, width = self.count(op.x), panel_rows(op.x), op.x.tensor.width
         size = panel_row_bytes(panel_kind(op.weight), width)
@@ -125,7 +125,7 @@ class Call:
     def _linear(self) -> None:
         part, unit = part_of(self.phase, self.body), self.phase.unit
         assert isinstance(part[0], Linear)
-        panel = self._panel(part[0])
+        panel = self.panel(part[0])
         columns = slice(self.first * unit, min(self.last * unit, part[0].out.tensor.width))
         values: dict[str, Any] = {}
         for op in part:
@@ -134,65 +134,24 @@ class Call:
             if isinstance(op, Append):
                 self._append(op, values, columns)
             else:
-                operands = [self._operand(op, v, values, columns) for v in op.operands]
+                operands = [self.operand(op, v, values, columns) for v in op.operands]
                 values[op.out.name] = op.reference(*operands)
-        self._store(values, columns)
+        self.store(values, columns)
 
-    def _experts(self) -> None:
-        """A drain's tiles are (active expert, unit); where a row's experts are summed, tiles are units of the sum."""
-        part, unit = part_of(self.phase, self.body), self.phase.unit
-        anchor = part[0]
-        assert isinstance(anchor, ExpertLinear)
-        mine = chosen(self.value(anchor.gates), anchor.k)
-        if not self.phase.is_drain:
-            columns = slice(self.first * unit, min(self.last * unit, anchor.out.tensor.width))
-            self._store(self._expert_values(part, mine, columns), columns)
-            return
-        if self.first == 0:
-            self.state.routing[self.args["layer"], : len(mine)] = mine.numpy()
-        active = sorted({e for e in mine.flatten().tolist() if e >= 0})
-        units = part_units(self.phase, part)
-        for tile in self.tiles(len(active) * units):
-            at = mine == active[tile // units]
-            columns = slice(tile % units * unit, min((tile % units + 1) * unit, anchor.out.tensor.width))
-            values = self._expert_values(part, torch.where(at, mine, -1), columns)
-            for op, offset in self._outputs():
-                self.place(op.out, offset)[..., columns][at] = values[op.out.name][at]
-
-    def _expert_values(self, part: tuple[Op, ...], experts: Tensor, columns: slice) -> dict[str, Any]:
-        """Some columns of what the given experts [n, k] make of the panel, through the epilogue."""
-        anchor = part[0]
-        assert isinstance(anchor, ExpertLinear)
-        values: dict[str, Any] = {anchor.gates.name: self.value(anchor.gates)}
-        panel = self._panel(anchor)
-        panel = panel if panel.dim() == 3 else panel[:, None].expand(-1, anchor.k, -1)
-        for op in part:
-            assert isinstance(op, ExpertLinear)
-            weight, out = self.weight(op.weight, self.args["weight"]), op.out.tensor
-            values[op.out.name] = made = panel.new_zeros(*experts.shape, len(range(out.width)[columns]))
-            for e in {e for e in experts.flatten().tolist() if e >= 0}:
-                made[experts == e] = panel[experts == e] @ weight[e, columns].T
-                if op.bias is not None:
-                    bias = self.weight(op.bias, self.args[op.bias.name]).view(-1, out.width)
-                    made[experts == e] += bias[e, columns]
-        for op in part_epilogue(self.phase, part):
-            values[op.out.name] = op.reference(*(self._operand(op, v, values, columns) for v in op.operands))
-        return values
-
-    def _outputs(self) -> list[tuple[Op, int]]:
+    def outputs(self) -> list[tuple[Op, int]]:
         """The ops whose results are stored, and where."""
         made = {f"out.{op.out.name}": op for op in self.phase.ops}
         return [(made[key], offset) for key, offset in self.args.items() if key in made]
 
-    def _operand(self, op: Op, v: Value, values: Mapping[str, Any], columns: slice) -> Tensor:
+    def operand(self, op: Op, v: Value, values: Mapping[str, Any], columns: slice) -> Tensor:
         if v.name in values:
             return values[v.name]  # type: ignore[no-any-return]
         found = self.weight(v, self.args[v.name]) if v.is_weight else self.value(v)
         wide = isinstance(op, ElementwiseOp) and v.tensor.width == op.out.tensor.width
         return found[..., columns] if wide else found
 
-    def _store(self, values: Mapping[str, Any], columns: slice) -> None:
-        for op, offset in self._outputs():
+    def store(self, values: Mapping[str, Any], columns: slice) -> None:
+        for op, offset in self.outputs():
             value = op.out
             self.place(value, offset)[:, columns] = values[value.name]
             if "maxima" in self.args:
@@ -220,7 +179,7 @@ class Call:
         if not tiles:
             return
         values = self.row_values(self.phase.ops, tiles, result)
-        for op, offset in self._outputs():
+        for op, offset in self.outputs():
             self.place(op.out, offset)[tiles] = values[op.out.name]
 
     # ---- attention: tiles are (row, kv head, split), partials (m, l, o) in base e ------------
