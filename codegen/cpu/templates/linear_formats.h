@@ -81,7 +81,8 @@ struct MXFP4 : Nibbles {
   static constexpr int RUN = 4, ZERO = 12, BLOCK_BYTES = SCALES, BLOCKS = 2, TAIL_BYTES = 64, TAIL_STEP = 32;
   OL_INLINE I codes(const uint8_t* block, int half, int g) {
     static const uint8_t twice[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-    return i_lookup16(twice, Nibbles::codes(block, half, g));
+    I v = i_load(block + 256 * half + 64 * (g % 4));
+    return i_lookup16(twice, g < 4 ? v : i_srl16(v, 4));
   }
   // Half of 2^(e - 127), e in the exponent's place but for e = 0, which is subnormal.
   OL_INLINE F scale(const uint8_t*, const uint8_t* tail, int half, int) {
