@@ -195,6 +195,45 @@ def test_prompts_that_begin_the_same_wait_for_the_first_to_be_read() -> None:
     assert [request.tokens for request in requests] == [alone(request) for request in requests]
 
 
+def test_nobody_waits_for_what_was_computed_and_is_gone() -> None:
+    f = Fixture(Limits(rows=16, slots=2, context=512, outputs=4, few_rows=4))
+    prompt = tokens(500)
+    first, second = Request(prompt, 5), Request([*prompt[:70], 1], 5)
+    f.rows.submit(first)
+    while first.done < 480:
+        f.rows.step()
+    f.rows.submit(second)
+    f.rows.step()
+    assert (second.slot, second.reused) == (1, 0)  # the window's first page went to later positions
+    finish(f.rows)
+    assert second.tokens == alone(second)
+
+
+def test_a_burst_does_not_run_ahead_of_what_the_rings_hold() -> None:
+    """A ring holds a window and a step's rows: laid out further ahead, a page would go while it is still read."""
+    f = Fixture(Limits(rows=5, slots=3, context=512, outputs=4, few_rows=4))
+    f.run(Request(tokens(500, 9), 1))  # no page of a windowed group is free any more, three are nobody's
+    requests = [Request(tokens(60, 1), 420), Request(tokens(180, 2), 300)]
+    f.run(*requests, burst=400)
+    assert all(request.tokens == alone(request) for request in requests)
+
+
+def test_holders_of_a_page_are_counted() -> None:
+    f = Fixture()
+    stem = tokens(128)
+    f.run(Request([*stem, 1], 1))
+    requests = [Request([*stem, i], 30) for i in range(3)]
+    for request in requests:
+        f.rows.submit(request)
+    f.rows.step()
+    for g in range(2):
+        assert sorted(f.cache._held(g).tolist())[-3:] == [1, 3, 3]
+    f.rows.cancel(requests[:2])
+    assert all(f.cache._held(g).max() == 1 for g in range(2))
+    finish(f.rows)
+    f.check_no_leak()
+
+
 def test_one_that_waits_lets_others_pass_and_keeps_its_turn() -> None:
     f = Fixture()
     stem = tokens(200)
