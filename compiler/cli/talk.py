@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,11 +100,16 @@ def run(
                      show_default="chat if there is a template"),
     ] = None,
     stop: Stop = None,
+    trace_routing: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write which experts every step uses, for `inspect --routing`")
+    ] = None,
 ) -> None:  # fmt: skip
     """Continue a prompt, compiling the model first if need be"""
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = {**options.settings, "stop": tuple(stop or ())}
     with options.open(model) as opened:
+        if trace_routing is not None:
+            opened.trace_routing(trace_routing)
         tokenizer = opened.tokenizer
         if tokenizer is None:
             raise UsageError("run: expected a model with a tokenizer, got none", hint="the checkpoint had none")
