@@ -20,9 +20,8 @@ from ..ir.limits import Limits, kv_tile_bytes, state_bytes, state_fields
 from ..ir.ops import ExpertLinear
 from ..ir.schedule import BUCKETS, Schedule, packed_name, padded, part_experts, parts
 from ..ir.table import CacheGroup, cache_groups
+from ..runtime.manifest import SCHEMA
 from .weights import PackedWeight
-
-SCHEMA = 1
 
 
 class ArtifactFolder:

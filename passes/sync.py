@@ -41,7 +41,7 @@ def _section(schedule: Schedule, section: Section) -> tuple[Section, bool]:
         gathered = {group}
         for w, queue in enumerate(section.queues):
             for task in queue[len(queues[w]) :]:
-                if group_of(task, section) != group:
+                if _group(task, section) != group:
                     break
                 waits = _waits(needed, known[w], known_at_event)
                 known[w] = known[w].union(*(known_at_event[wait] for wait in waits))
@@ -53,7 +53,7 @@ def _section(schedule: Schedule, section: Section) -> tuple[Section, bool]:
     return dataclasses.replace(section, queues=tuple(map(tuple, queues))), settled
 
 
-def group_of(task: Task, section: Section) -> str:
+def _group(task: Task, section: Section) -> str:
     """What a task's work is part of: its phase, or the packs of its phase where they are joined by themselves."""
     packed = f"{task.phase}.packed"
     return packed if task.body.startswith("pack.") and packed in dict(section.events) else task.phase
@@ -70,7 +70,7 @@ def _needs(schedule: Schedule, section: Section) -> dict[str, list[str]]:
     touched: dict[str, list[Access]] = {g: [] for p in graph.phases for g in (f"{p.name}.packed", p.name)}
     for queue in section.queues:
         for task in dict.fromkeys(queue):
-            group = group_of(task, section)
+            group = _group(task, section)
             copies = group not in events or (task.body.startswith("pack.") and group == task.phase)
             touched[group] += [
                 dataclasses.replace(a, value=roots.get(a.value, a.value))

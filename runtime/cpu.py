@@ -64,15 +64,6 @@ def _destroy(library: ctypes.CDLL, handle: int, memory: Memory, process: int) ->
         library.ol_destroy(handle)
 
 
-def run_observed(backend: CpuBackend, steps: int) -> int:
-    """`run`, a step at a time."""
-    for done in range(steps):
-        if backend.state.n_rows[0] <= 0:
-            return done
-        backend.step()
-    return steps
-
-
 class CpuBackend:
     """`Backend` over a step library and its worker threads."""
 
@@ -123,11 +114,19 @@ class CpuBackend:
 
     def run(self, steps: int) -> int:
         if self.observer is not None:
-            return run_observed(self, steps)
+            return self._run_observed(steps)
         done = int(self._library.ol_run(self._ready(), steps))
         if done < 0:
             raise StepFault.read(self.state.fault)
         return done
+
+    def _run_observed(self, steps: int) -> int:
+        """`run`, a step at a time."""
+        for done in range(steps):
+            if self.state.n_rows[0] <= 0:
+                return done
+            self.step()
+        return steps
 
     def logits(self, outputs: int) -> NDArray[np.float32]:
         start, stride = self._manifest.logits_offset, self._manifest.logits_stride
