@@ -25,7 +25,8 @@ class Limits:
     """Compiled limits: rows per step, live slots, context in tokens, rows with logits per step.
 
     Up to `few_rows` rows a step repeats prologues in every worker and splits attention over the context;
-    above it, prologues and attention are shared out by rows.
+    above it, prologues and attention are shared out by rows. `drafts`: how many tokens a step may guess and check
+    behind a slot's last one (`ir/drafting.py`), 0: none.
     """
 
     rows: int = 256
@@ -34,6 +35,7 @@ class Limits:
     outputs: int = 8
     few_rows: int = 8
     kv_dtype: str = "bf16"
+    drafts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rows", "slots", "context", "outputs", "few_rows"):
@@ -46,6 +48,26 @@ class Limits:
             f"limits: expected outputs >= slots ({self.slots}), got {self.outputs}",
             hint="every slot may want logits in the same step",
         )
+        expect(
+            0 <= self.drafts < self.few_rows,
+            f"limits: expected drafts 0 to {self.few_rows - 1}, got {self.drafts}",
+            hint="the drafts of a slot and its last token are among the few rows of a step",
+        )
+        for name in ("rows", "outputs") if self.drafts else ():
+            expect(
+                getattr(self, name) >= self.decode_rows,
+                f"limits: expected {name} >= {self.decode_rows}, got {getattr(self, name)}",
+                hint=f"so many rows want logits in a step of {self.slots} slots with {self.drafts} drafts",
+            )
+
+    def drafts_beside(self, running: int) -> int:
+        """Drafts a slot may have in a step of `running` slots: all their rows stay among the few."""
+        return drafts_beside(running, self.few_rows, self.drafts)
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows with logits in a step at most."""
+        return decode_rows(self.slots, self.few_rows, self.drafts)
 
     @property
     def pages(self) -> int:
@@ -60,6 +82,15 @@ class Limits:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def drafts_beside(running: int, few_rows: int, drafts: int) -> int:
+    return max(0, min(drafts, few_rows // running - 1))
+
+
+def decode_rows(slots: int, few_rows: int, drafts: int) -> int:
+    """Rows with logits in a step at most: drafts and last tokens of those that run, a prompt's last row of the rest."""
+    return max(n * drafts_beside(n, few_rows, drafts) for n in range(1, slots + 1)) + slots
 
 
 def partial_floats(head_dim: int) -> int:
@@ -103,7 +134,8 @@ def state_fields(
     `routing`: layers and experts of a row, of a mixture of experts; `routing[l, r]` has row r's, -1 beyond them.
 
     Rows: `row_*[i]` for i < n_rows; `row_output[i]` is the row's index among the outputs or -1.
-    Outputs: `output_row[j]` for j < n_outputs. Slots: lengths, sampling, stop set, result ring.
+    Outputs: `output_row[j]` for j < n_outputs, ascending. Slots: lengths, sampling, stop set, result ring.
+    With drafts: the fields of `_draft_fields`.
     `pages[g, s, p]`: page of positions 64p .. 64p+63 of slot s in cache group g (a ring repeats its pages).
     """
     rows, slots, outputs = (limits.rows,), (limits.slots,), (limits.outputs,)
@@ -132,6 +164,8 @@ def state_fields(
         ("slot_tokens", "int32", (*slots, limits.context)),  # ring of committed tokens, by count
         ("pages", "int32", (cache_groups, *slots, limits.pages)),
     ]
+    if limits.drafts:
+        shapes += _draft_fields(limits)
     if routing[0]:
         shapes.append(("routing", "int32", (routing[0], limits.rows, routing[1])))
     fields, offset = [], 0
@@ -139,6 +173,20 @@ def state_fields(
         fields.append(Field(name, dtype, shape, offset))
         offset += -(-fields[-1].nbytes // 64) * 64
     return tuple(fields)
+
+
+def _draft_fields(limits: Limits) -> list[tuple[str, str, tuple[int, ...]]]:
+    """What a step that drafts holds besides. A slot's drafted rows follow the row of its last token."""
+    slots = (limits.slots,)
+    return [
+        ("row_draft", "int32", (limits.rows,)),  # 0, or the row holds this many-th draft of its slot, from 1
+        ("slot_drafts_most", "int32", slots),  # drafts the slot may have, 0: it decodes plainly
+        ("slot_drafts", "int32", slots),  # drafts it would have next, by what was accepted lately
+        ("slot_steps", "int32", slots),  # steps that committed tokens since the slot started
+        ("slot_drafted", "int32", (*slots, limits.drafts)),  # how often it had an n-th draft
+        ("slot_accepted", "int32", (*slots, limits.drafts)),  # how often the n-th was accepted
+        ("slot_history", "int32", (*slots, limits.context)),  # prompt and committed tokens, by position
+    ]
 
 
 def state_bytes(fields: tuple[Field, ...]) -> int:

@@ -123,6 +123,8 @@ class DirectRows:
         state.slot_temperature[slot] = state.slot_min_p[slot] = 0.0
         state.slot_top_p[slot] = state.slot_penalty[slot] = 1.0
         state.slot_top_k[slot] = state.slot_seed[slot] = state.slot_stream[slot] = 0
+        if self._limits.drafts:
+            state.start_drafts(slot, (), 0)
         self._filled[slot] = self._peak[slot] = self._fixed[slot] = 0
 
     def _advance(self, slot: int, first: int, end: int) -> None:
@@ -155,6 +157,7 @@ class DirectRows:
         state, n = self._state, len(tokens)
         state.row_token[:n], state.row_slot[:n], state.row_position[:n] = tokens, slots, positions
         state.row_output[:n] = -1
+        state.clear_drafts(slice(n))
         state.row_output[list(outputs)] = np.arange(len(outputs))
         state.output_row[: len(outputs)] = outputs
         state.n_rows[0], state.n_outputs[0] = n, len(outputs)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..ir.errors import VerifyError
-from .rows import Request
+from .request import Request
+from .speculate import Speculation
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -29,7 +30,7 @@ class Generation:
     """What one prompt was continued with. `tokens` includes a stop token; `text` ends before what stopped it.
 
     finish_reason: "stop" (a stop token or string) or "length". reused_tokens: of the prompt's tokens, how many were
-    in the cache already and not computed.
+    in the cache already and not computed. speculation: what guesses came to, None without any.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Generation:
     prompt_tokens: int
     timings: Timings
     reused_tokens: int = 0
+    speculation: Speculation | None = None
 
 
 class StopStrings:
@@ -130,6 +132,7 @@ class TextOutput:
                 _rate(len(r.tokens) - 1, decode),
             ),
             reused_tokens=r.reused,
+            speculation=Speculation.of(r),
         )
 
 

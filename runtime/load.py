@@ -15,6 +15,7 @@ from .cache import page_counts
 from .cpu import CpuBackend
 from .memory import Memory
 from .model import Model
+from .speculate import drafts_of
 
 if TYPE_CHECKING:
     from .cuda_target import CudaTarget
@@ -34,6 +35,7 @@ def load(
     kv_tokens: int | None = None,
     segments: str = "mega",
     prefix_cache: bool = True,
+    speculate: str = "auto",
 ) -> Model:
     """Verify an artifact and make it ready to run.
 
@@ -43,12 +45,14 @@ def load(
     None = every slot at full context. segments: on an NVIDIA device, "mega" runs a step as one launch, "per-phase"
     as a launch per phase of the same tiles, there to be compared with. A processor runs steps whole. prefix_cache:
     keep what prompts and answers left in the KV cache until its pages are needed; a prompt that begins the same is
-    read from there on, with the same result.
+    read from there on, with the same result. speculate: guess tokens from what the text said before and check several
+    in one step, with the same result: `ngram:K` up to K, `auto` as many as the artifact was compiled for, `off`.
     """
     if segments not in SEGMENTS:
         raise UsageError(f"segments: expected {' or '.join(SEGMENTS)}, got `{segments}`")
     artifact = Artifact.open(path)
     artifact.expect_weights()
+    drafts = drafts_of(speculate, artifact.manifest.limits)
     counts = page_counts(artifact.manifest.caches, artifact.manifest.limits, kv_tokens)
     gpus, may_fall_back = _candidates(artifact, target, device)
     may_fall_back &= segments == "mega"  # a processor cannot stand in for a step in segments
@@ -61,7 +65,7 @@ def load(
     backend, workers, chosen = opened or _on_processor(artifact, target, threads, counts)
     model = Model(
         artifact.manifest, backend, counts, lambda: _tokenizer(artifact), target=chosen, threads=workers,
-        segments=segments, prefix_cache=prefix_cache,
+        segments=segments, prefix_cache=prefix_cache, drafts=drafts,
     )  # fmt: skip
     try:
         model.step([0])  # starts threads and touches memory: paid here, not by the first request

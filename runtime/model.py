@@ -27,8 +27,9 @@ from .cache import Cache
 from .direct import DirectRows
 from .generation import Generation, TextOutput
 from .manifest import Manifest
+from .request import Request
 from .routing import RoutingTrace
-from .rows import Request, RowScheduler
+from .rows import RowScheduler
 from .settings import Message, Prompt, Settings, encode, split_prompts
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ class Model:
         threads: int = 1,
         segments: str = "mega",
         prefix_cache: bool = True,
+        drafts: int = 0,
     ) -> None:
         self.manifest, self.target, self.threads, self.segments = manifest, target, threads, segments
         self.name, self.limits, self.vocab = manifest.name, manifest.limits, manifest.vocab
         self._backend, self._read_tokenizer = backend, read_tokenizer
+        self._drafts = drafts
         self._cache = Cache(manifest.caches, kv_pages, backend.state.pages, self.limits.context, prefix_cache)
         self._scheduler = RowScheduler(backend, self.limits, self._cache, self.vocab)
         self._direct = DirectRows(backend, self.limits, self._cache, manifest.caches, self.vocab)
@@ -247,7 +250,7 @@ class Model:
         stop_tokens = settings.stop_tokens
         if stop_tokens is None:
             stop_tokens = tokenizer.eos if tokenizer else ()
-        request = Request(ids, wanted, settings.sampling(index), tuple(map(int, stop_tokens)))
+        request = Request(ids, wanted, settings.sampling(index), tuple(map(int, stop_tokens)), self._drafts)
         self._scheduler.check(request)
         return TextOutput(request, tokenizer, settings.stops)
 

@@ -16,70 +16,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..ir.errors import UsageError
 from ..ir.limits import PAGE_TOKENS, STOP_TOKENS, Limits
-from ..ir.sampling import Sampling
 from .backend import Backend
 from .cache import Cache
-from .prefix import Node, common_pages, page_key
-
-FINISH = {1: "stop", 2: "length", 3: "invalid"}  # slot_finished; invalid: the logits were not finite
-
-
-@dataclass(eq=False)
-class Request:
-    """One sequence to continue. `tokens`, with the stop token, grows while it runs; `finish` says why it ended.
-
-    Times are `time.perf_counter` seconds, 0 = not yet.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_tokens: tuple[int, ...] = ()
-
-    tokens: list[int] = field(default_factory=list)
-    finish: str = ""  # stop, length, invalid or cancelled; "" until then
-    slot: int = -1  # while it runs
-    done: int = 0  # prompt tokens computed, here or by an earlier request
-    reused: int = 0  # of them, those in the cache when it started
-    kept: int = 0  # pages the cache was told of
-    submitted: float = 0.0
-    started: float = 0.0
-    first_token: float = 0.0
-    ended: float = 0.0
-    _keys: list[bytes] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Positions it may fill: the last token it makes is never fed back."""
-        return len(self.prompt) + self.max_new_tokens - 1
-
-    @property
-    def unread(self) -> int:
-        return len(self.prompt) - self.done
-
-    @property
-    def computed(self) -> int:
-        """Positions whose keys and values are in the cache: all but the last token's."""
-        return len(self.prompt) + len(self.tokens) - 1 if self.tokens else self.done
-
-    def keys(self, count: int) -> list[bytes]:
-        """Its first `count` pages of tokens."""
-        read = len(self.prompt)
-        for start in range(len(self._keys) * PAGE_TOKENS, count * PAGE_TOKENS, PAGE_TOKENS):
-            end = start + PAGE_TOKENS
-            page = [*self.prompt[start:end], *self.tokens[max(0, start - read) : max(0, end - read)]]
-            self._keys.append(page_key(page))
-        return self._keys[:count]
-
-    def reusable(self) -> list[bytes]:
-        """The pages it need not compute: whole ones, without the last token's."""
-        return self.keys((len(self.prompt) - 1) // PAGE_TOKENS)
+from .prefix import Node, common_pages
+from .request import FINISH, Request
 
 
 class RowScheduler:
@@ -153,7 +98,7 @@ class RowScheduler:
             self._torn = False
             return
         # A ring holds the window and a step's rows, so that is how far ahead its pages can be laid out.
-        steps = 1 if chunks or self.queue else min(burst, self._limits.rows)
+        steps = 1 if chunks or self.queue else min(burst, self._limits.rows // (1 + self._limits.drafts))
         self._move_rings(chunks, steps)
         if steps == 1:
             self._backend.step()
@@ -202,7 +147,8 @@ class RowScheduler:
     def _move_rings(self, chunks: list[tuple[Request, int]], steps: int) -> None:
         """Have pages for the positions the next steps write. What a ring would write over is kept first."""
         ends = [(request, request.done + count) for request, count in chunks]
-        ends += [(r, min(r.computed + steps, r.length)) for r in self.running if r.tokens]
+        reach = steps * (1 + self._limits.drafts)
+        ends += [(r, min(r.computed + reach, r.length)) for r in self.running if r.tokens]
         for request, end in ends:
             if end > self._cache.reach(request.slot):
                 self._keep(request)
@@ -226,6 +172,8 @@ class RowScheduler:
         state.slot_penalty[slot] = sampling.repetition_penalty
         state.slot_seed[slot] = sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
         state.slot_stream[slot] = sampling.stream & 0xFFFF_FFFF
+        if self._limits.drafts:
+            state.start_drafts(slot, request.prompt, request.drafts)
         request.started = time.perf_counter()
         request.slot = slot  # last: from here on the slot's state is this request's
 
@@ -244,6 +192,7 @@ class RowScheduler:
             state.row_slot[rows] = request.slot
             state.row_position[rows] = np.arange(start, start + count)
             state.row_output[rows] = -1
+            state.clear_drafts(rows)
             row += count
             if count == request.unread:  # its last row is the first to want a token
                 state.row_output[row - 1], state.output_row[output] = output, row - 1
@@ -266,6 +215,10 @@ class RowScheduler:
                     request.tokens.append(token)
             if not had and request.tokens:
                 request.first_token = now
+            if self._limits.drafts:
+                request.steps = int(state.slot_steps[slot])
+                request.drafted = tuple(state.slot_drafted[slot].tolist())
+                request.accepted = tuple(state.slot_accepted[slot].tolist())
             if state.slot_finished[slot]:
                 request.ended, request.finish = now, FINISH[int(state.slot_finished[slot])]
                 self._free(slot)
@@ -296,5 +249,6 @@ class RowScheduler:
             state.row_token[i], state.row_slot[i] = request.tokens[-1], request.slot
             state.row_position[i] = len(request.prompt) + len(request.tokens) - 1
             state.row_output[i] = state.output_row[i] = i
+        state.clear_drafts(slice(len(decoding)))
         state.n_rows[0] = state.n_outputs[0] = len(decoding)
         self._torn = False

@@ -6,7 +6,7 @@ knows where the bytes are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +43,35 @@ class State:
     slot_count: Int32  # [slots]
     slot_tokens: Int32  # [slots, context]
     pages: Int32  # [cache groups, slots, pages per slot]
+    row_draft: Int32  # [rows]; this and what follows: of a step with drafts alone
+    slot_drafts_most: Int32  # [slots]
+    slot_drafts: Int32  # [slots]
+    slot_steps: Int32  # [slots]
+    slot_drafted: Int32  # [slots, drafts]
+    slot_accepted: Int32  # [slots, drafts]
+    slot_history: Int32  # [slots, context]
     routing: Int32  # [layers, rows, experts of a row], of a mixture of experts alone
+
+    _has_drafts = False
 
     def __init__(self, buffer: NDArray[np.uint8], fields: Iterable[Field]) -> None:
         for field in fields:
             raw = buffer[field.offset : field.offset + field.nbytes]
             setattr(self, field.name, raw.view(field.dtype).reshape(field.shape))
+            self._has_drafts |= field.name == "row_draft"
+
+    def clear_drafts(self, rows: slice) -> None:
+        """None of these rows is a draft."""
+        if self._has_drafts:
+            self.row_draft[rows] = 0
+
+    def start_drafts(self, slot: int, prompt: Sequence[int], most: int) -> None:
+        """A slot begins that may have `most` drafts a step; its prompt is what they are looked up in first."""
+        self.slot_drafts_most[slot] = self.slot_drafts[slot] = most
+        self.slot_steps[slot] = self.slot_drafted[slot] = self.slot_accepted[slot] = 0
+        if most:
+            self.put_history(slot, prompt)
+
+    def put_history(self, slot: int, tokens: Sequence[int]) -> None:
+        """The first tokens of a slot."""
+        self.slot_history[slot, : len(tokens)] = tokens

@@ -43,10 +43,11 @@ class Fixture:
         kv_tokens: int | None = None,
         kinds: Sequence[CacheGroup] = (),
         keep: bool = True,
+        toy: type[Watched] = Watched,
     ) -> None:
         kinds = kinds or groups(limits)
         counts = page_counts(kinds, limits, kv_tokens)
-        self.backend = Watched(limits, kinds, counts)
+        self.backend = toy(limits, kinds, counts)
         self.cache = Cache(kinds, counts, self.backend.state.pages, limits.context, keep)
         self.backend.cache = self.cache
         self.rows = RowScheduler(self.backend, limits, self.cache, VOCAB)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ... import __version__
 from ...ir.access import stored
 from ...ir.bodies import GATHER_ROWS, Args, part_epilogue, part_of
+from ...ir.drafting import LONGEST, SHORTEST
 from ...ir.errors import expect
 from ...ir.graph import Graph
 from ...ir.limits import (
@@ -23,6 +25,7 @@ from ...ir.limits import (
     PARTIAL_HEADER,
     SPLIT_TOKENS,
     STOP_TOKENS,
+    Limits,
     kv_tile_bytes,
     state_fields,
 )
@@ -56,7 +59,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
     program, limits = one.program, one.limits
     groups = cache_groups(program.kinds, program.layers)
     expect(all(g.type.head_dim <= HEAD_DIM_MAX for g in groups), f"expected head_dim <= {HEAD_DIM_MAX}")
-    listed, bodies = render_bodies(schedules, _body_text, "//")
+    listed, bodies = render_bodies(schedules, partial(_body_text, limits), "//")
     vocab = program.logits.tensor.width
     text = template(TEMPLATES, "step.cpp.j2").render(
         version=__version__,
@@ -104,9 +107,9 @@ def _inline(text: str, seen: set[str]) -> str:
     return re.sub(r'^#include "([\w.]+)"$', header, text, flags=re.MULTILINE)
 
 
-def _body_text(graph: Graph, phase: Phase, name: str, args: Args) -> str:
+def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args) -> str:
     numbers = {key: i for i, key in enumerate(args)}
-    common: dict[str, Any] = {"code": "CODE", "title": "TITLE", "args": numbers}
+    common: dict[str, Any] = {"code": "CODE", "title": "TITLE", "args": numbers, "limits": limits}
     if name.startswith("pack."):
         return _pack(graph, phase, name, numbers, common)
     match phase.anchor_kind:
@@ -126,7 +129,7 @@ def _body_text(graph: Graph, phase: Phase, name: str, args: Args) -> str:
             sizes = {"stride": padded(width), "maxima_stride": padded(width) // 32}
             return str(template(TEMPLATES, "sample.cpp.j2").render(**common, **sizes))
         case _:
-            return str(template(TEMPLATES, f"{phase.anchor_kind}.cpp.j2").render(**common))
+            return str(template(TEMPLATES, "commit.cpp.j2").render(**common, shortest=SHORTEST, longest=LONGEST))
 
 
 def _row_count(value: Value) -> str:

@@ -20,6 +20,7 @@ from ..reference import RowBatch
 from ..sampling import Sampling, sample
 from ..schedule import LIVE, padded, panel_kind, panel_row_bytes, panel_rows
 from ..types import OUTPUTS, TensorType, Value
+from .commit import run_commit
 from .experts import run_experts
 from .memory import Cache, State, Workspace
 
@@ -258,33 +259,11 @@ class Call:
                 int(state.slot_seed[slot]), int(state.slot_stream[slot]),
             )  # fmt: skip
             seen = np.unpackbits(state.slot_seen[slot].view(np.uint8), bitorder="little")[:vocab].astype(bool)
+            if self.limits.drafts:  # as if the drafts up to this row had been said
+                seen[state.row_token[row - int(state.row_draft[row]) + 1 : row + 1]] = True
             token = sample(rows[j].numpy(), how, seen, int(state.row_position[row]))
             # A compiled body looks at the maxima first, so wrong ones must show here too.
             state.output_token[j] = token if bool(maxima[j].max() == rows[j].max()) else -1
 
     def _commit(self) -> None:
-        state, following = self.state, []
-        for i in range(int(state.n_rows[0])):
-            self._mark_seen(int(state.row_slot[i]), int(state.row_token[i]))
-        for j in range(int(state.n_outputs[0])):
-            row, token = int(state.output_row[j]), int(state.output_token[j])
-            slot, position = int(state.row_slot[row]), int(state.row_position[row])
-            if token < 0:
-                state.slot_finished[slot] = 3
-                continue
-            state.slot_tokens[slot, state.slot_count[slot] % self.limits.context] = token
-            state.slot_count[slot] += 1
-            self._mark_seen(slot, token)
-            if token in state.slot_stop[slot]:
-                state.slot_finished[slot] = 1
-            elif position + 2 > state.slot_limit[slot]:
-                state.slot_finished[slot] = 2
-            else:
-                following.append((token, slot, position + 1))
-        for i, (token, slot, position) in enumerate(following):
-            state.row_token[i], state.row_slot[i], state.row_position[i] = token, slot, position
-            state.row_output[i] = state.output_row[i] = i
-        state.n_rows[0] = state.n_outputs[0] = len(following)
-
-    def _mark_seen(self, slot: int, token: int) -> None:
-        self.state.slot_seen[slot, token // 32] |= np.uint32(1 << token % 32)
+        run_commit(self.state, self.limits)

@@ -6,7 +6,7 @@ cache at the start, so that what was not written in time shows in the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,8 @@ class VirtualMachine:
             self.state.pages[i] = cache.page_table(self.limits.slots, self.limits.pages)
         self.space = Workspace(max(s.workspace_bytes for s in schedules.values()))
 
-    def start(self, slot: int, how: Slot) -> None:
-        """Begin a sequence in a slot."""
+    def start(self, slot: int, how: Slot, prompt: Sequence[int] = (), drafts: int = 0) -> None:
+        """Begin a sequence in a slot; to have drafts, up to `drafts` a step, it needs its prompt."""
         s, sampling = self.state, how.sampling
         s.slot_finished[slot] = s.slot_count[slot] = 0
         s.slot_limit[slot] = min(how.limit, self.limits.context)
@@ -86,6 +86,10 @@ class VirtualMachine:
         s.slot_top_p[slot], s.slot_min_p[slot] = sampling.top_p, sampling.min_p
         s.slot_penalty[slot], s.slot_seed[slot] = sampling.repetition_penalty, sampling.seed
         s.slot_stream[slot] = sampling.stream
+        if self.limits.drafts:
+            s.slot_drafts_most[slot] = s.slot_drafts[slot] = drafts
+            s.slot_steps[slot] = s.slot_drafted[slot] = s.slot_accepted[slot] = 0
+            s.slot_history[slot, : len(prompt)] = prompt
         s.slot_seen[slot] = 0
         for token in how.seen:
             s.slot_seen[slot, token // 32] |= np.uint32(1 << token % 32)
@@ -96,6 +100,8 @@ class VirtualMachine:
         s.n_rows[0], s.n_outputs[0] = n, m
         s.row_token[:n], s.row_slot[:n], s.row_position[:n] = np.array(rows, np.int32).T
         s.row_output[:n] = -1
+        if self.limits.drafts:
+            s.row_draft[:n] = 0
         s.output_row[:m] = outputs
         s.row_output[outputs] = np.arange(m)
 
