@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHORTEST, LONGEST = 2, 4  # tokens of a run that is looked up
+MATCH_BITS = 28  # compiled code ranks a place by one number: shared tokens << MATCH_BITS | place
 
 
 def look_up(history: NDArray[np.int32] | Sequence[int], count: int) -> list[int]:

@@ -27,7 +27,7 @@ from onelaunch.ir.vm import VirtualMachine
 from onelaunch.models.importer import Imported
 
 PANEL_TYPES = {"bf16": ml_dtypes.bfloat16, "f32": np.float32}
-WRITTEN = ("panel", "unit", "scratch", "out")  # arguments in whose buffers a body writes, besides `out.VALUE`
+WRITTEN = ("panel", "unit", "scratch", "out", "logits")  # arguments in whose buffers a body writes, besides `out.VALUE`
 LN2 = math.log(2.0)
 
 

@@ -211,5 +211,7 @@ def set_rows(state: State, rows: list[tuple[int, int, int]], outputs: list[int])
     state.n_rows[0], state.n_outputs[0] = n, m
     state.row_token[:n], state.row_slot[:n], state.row_position[:n] = np.array(rows, np.int32).T
     state.row_output[:n] = -1
+    if hasattr(state, "row_draft"):
+        state.row_draft[:n] = 0
     state.output_row[:m] = outputs
     state.row_output[outputs] = np.arange(m)

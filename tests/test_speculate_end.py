@@ -40,9 +40,9 @@ def end(checkpoint: Path, compiled: ArtifactCache) -> EndOfStep:
 
 def random_step(end: EndOfStep, rng: random.Random) -> np.ndarray:
     """Slots anywhere in their texts, with drafts of which some hold; the logits of the step."""
-    state, rows, outputs = end.state, [], []
+    state, rows, outputs, words = end.state, [], [], rng.choice([3, VOCAB])
     noise = np.random.default_rng(rng.randrange(2**32))
-    state.slot_history[:] = noise.integers(0, rng.choice([2, 5, VOCAB]), state.slot_history.shape)
+    state.slot_history[:] = noise.integers(0, rng.choice([3, VOCAB]), state.slot_history.shape)
     state.slot_seen[:] = noise.integers(0, 2**32, state.slot_seen.shape, np.uint32) * (noise.random() < 0.5)
     for slot in range(rng.randint(1, 4)):
         how = Sampling(rng.choice([0, 0.8]), repetition_penalty=rng.choice([1, 1.5]), seed=rng.randrange(99))
@@ -50,16 +50,18 @@ def random_step(end: EndOfStep, rng: random.Random) -> np.ndarray:
         end.start(slot, how, rng.choice([512, 40, 10]), stop, rng.choice([0, 1, 4]))
         state.slot_drafts[slot] = rng.randint(0, int(state.slot_drafts_most[slot]))
         if rng.random() < 0.2:  # a prompt chunk, its last row wants a token
-            rows += [(rng.randrange(VOCAB), slot, i, 0) for i in range(5)]
+            rows += [(rng.randrange(words), slot, i, 0) for i in range(5)]
             outputs.append(len(rows) - 1)
             continue
         first = rng.randint(5, 8)
         for i in range(1 + rng.randint(0, min(4, 11 - len(outputs) - (3 - slot)))):
             outputs.append(len(rows))
-            rows.append((rng.randrange(VOCAB), slot, first + i, i))
+            rows.append((rng.randrange(words), slot, first + i, i))
     logits = noise.normal(0, 2, (len(outputs), VOCAB)).astype(np.float32)
     for j, row in enumerate(outputs[:-1]):  # what the next row guesses is likely
-        logits[j, rows[row + 1][0]] += rng.choice([0, 9]) if row + 1 < len(rows) else 0
+        logits[j, rows[row + 1][0]] += rng.choice([0, 3, 9]) if row + 1 < len(rows) else 0
+    if rng.random() < 0.5:
+        logits[:, :3] += 6
     if rng.random() < 0.1:
         logits[rng.randrange(len(logits)), rng.randrange(VOCAB)] = np.nan
     end.put(rows, outputs)

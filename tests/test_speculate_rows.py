@@ -95,3 +95,12 @@ def test_a_step_counts_what_it_commits() -> None:
     assert 1 + request.steps - 1 + sum(request.accepted) == 101
     assert request.steps < 35  # some steps have no guess
     assert request.drafted == request.accepted
+
+
+def test_a_burst_never_outruns_the_ring_of_a_window() -> None:
+    """As many steps as rows, each of five tokens, would write over what the window still reads."""
+    f = Fixture(Limits(rows=70, slots=3, **LIMITS), toy=DraftingToy)
+    f.backend.right = 1.0
+    request = Request([1, 2, 3], 400, drafts=4)
+    f.run(request, burst=70)
+    assert request.tokens == alone(request)

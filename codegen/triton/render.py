@@ -14,6 +14,7 @@ from typing import Any
 from ... import __version__
 from ...ir.access import stored
 from ...ir.bodies import Args, part_epilogue, part_of
+from ...ir.drafting import LONGEST, MATCH_BITS, SHORTEST
 from ...ir.errors import expect
 from ...ir.graph import Graph
 from ...ir.limits import (
@@ -48,6 +49,7 @@ SPIN_POLLS, FAULT_POLLS = 1 << 12, 1 << 22  # polls before a worker looks for a 
 EMPTY = -1e30
 ATTEND_STAGES = 2  # tiles of the cache in flight
 SAMPLE_CHUNK = 2048  # logits at a time
+LOOK_UP_CHUNK = 1024  # places of a slot's tokens at a time
 
 
 @dataclass(frozen=True)
@@ -318,18 +320,26 @@ class Renderer:
                 weights_at=padded(self.vocab, 4),
                 chunk=min(SAMPLE_CHUNK, max(32, emit.lanes(self.vocab))),
                 exp2=[repr(float(c)) for c in EXP2],
+                drafts=self.limits.drafts,
+                draft_lanes=emit.lanes(self.limits.drafts + 1),
             )
         )
 
     def _commit(self, common: dict[str, Any]) -> str:
+        limits = self.limits
+        drafting = {
+            "drafts": limits.drafts, "draft_lanes": emit.lanes(limits.drafts + 1), "few_rows": limits.few_rows,
+            "shortest": SHORTEST, "longest": LONGEST, "chunk": LOOK_UP_CHUNK, "match_bits": MATCH_BITS,
+        }  # fmt: skip
         return str(
-            template(TEMPLATES, "commit.py.j2").render(
+            template(TEMPLATES, "commit_drafts.py.j2" if limits.drafts else "commit.py.j2").render(
                 **common,
+                **drafting,
                 seen_words=-(-self.vocab // 32),
-                context=self.limits.context,
+                context=limits.context,
                 stop_tokens=STOP_TOKENS,
-                row_lanes=emit.lanes(self.limits.rows),
-                output_lanes=emit.lanes(self.limits.outputs),
+                row_lanes=emit.lanes(limits.rows),
+                output_lanes=emit.lanes(limits.outputs),
             )
         )
 
