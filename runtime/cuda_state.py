@@ -19,10 +19,11 @@ from .state import State
 # Small fields a step writes and the host reads after it.
 RETURNED = (
     "n_rows", "n_outputs", "fault", "row_token", "row_slot", "row_position", "row_output", "output_row",
-    "output_token", "slot_finished", "slot_count",
+    "output_token", "slot_finished", "slot_count", "row_draft", "slot_drafts_most", "slot_drafts", "slot_steps",
+    "slot_drafted", "slot_accepted",
 )  # fmt: skip
 # Large fields with a way of their own. Never part of another copy: the host's may be behind the device's.
-APART = ("slot_seen", "slot_tokens")
+APART = ("slot_seen", "slot_tokens", "slot_history")
 WORD = 8  # bytes; offsets of fields are multiples of it
 NEAR = 256  # bytes; two changes this close are one copy: its start costs more than its bytes
 
@@ -44,6 +45,9 @@ class DeviceState(State):
         self._context, self._call, self._stream = context, context.driver.call, stream
         self._host, self._device = host, device
         self._words, self._sent = host.view(np.uint64), host.view(np.uint64).copy()
+        self._history_offset = known["slot_history"].offset if "slot_history" in known else 0
+        self._histories: list[tuple[int, int]] = []  # offset and bytes of beginnings that the device has yet to get
+        self._steps_before = np.zeros(0, np.int32)
         self._seen_range = _ranges(fields, ["slot_seen"])[0]
         self._watched = _ranges(fields, known.keys() - APART)
         self._returned = _ranges(fields, RETURNED)
@@ -67,8 +71,15 @@ class DeviceState(State):
     def slot_seen(self, value: NDArray[np.uint32]) -> None:
         self._seen = value
 
+    def put_history(self, slot: int, tokens: Sequence[int]) -> None:
+        super().put_history(slot, tokens)
+        self._histories.append((self._history_offset + slot * self.slot_history[0].nbytes, 4 * len(tokens)))
+
     def upload(self) -> None:
         """Queue copies of what the host changed; after it the host's copy must rest until the stream did."""
+        for at, size in self._histories:
+            self._call("cuMemcpyHtoDAsync", self._device + at, self._address + at, size, self._stream)
+        self._histories.clear()
         for first, end in [*self._watched, *([self._seen_range] if self._seen_used else [])]:
             new, old = self._words[first:end], self._sent[first:end]
             if np.array_equal(new, old):
@@ -80,7 +91,9 @@ class DeviceState(State):
         self._seen_used = False
 
     def outputs(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Of each output of the next step: its slot, and the tokens that slot has when the commit gets to it."""
+        """Of each output of the next step: its slot, and the tokens that slot has if the commit gets to it."""
+        if self._has_drafts:
+            self._steps_before = self.slot_steps.copy()
         slots = self.row_slot[self.output_row[: self.n_outputs[0]]]
         earlier = np.tril(slots[:, None] == slots, -1).sum(1, dtype=np.int32)
         return slots, self.slot_count[slots] + earlier
@@ -99,15 +112,19 @@ class DeviceState(State):
         self._call("cuStreamSynchronize", self._stream)
         self._accept(self._returned)
         if steps == 1 and not self.fault[0]:  # the commit put output_token there; no need to copy it again
-            self._ring[slots, counts % self._ring.shape[1]] = self.output_token[: len(slots)]
+            said = counts < self.slot_count[slots]  # all but drafts that did not hold and what followed them
+            self._ring[slots[said], counts[said] % self._ring.shape[1]] = self.output_token[: len(slots)][said]
+        if self._has_drafts:
+            return int((self.slot_steps - self._steps_before)[slots].max(initial=0))
         return int((self.slot_count[slots] - counts).max(initial=0))
 
     def _download_tokens(self, slots: NDArray[np.int32], counts: NDArray[np.int32], steps: int) -> None:
         """The ring entries `steps` steps may have written, of each slot."""
         context = self._ring.shape[1]
-        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
-            first = count % context
-            for start, stop in ((first, min(first + steps, context)), (0, first + steps - context)):
+        most = min(context, steps * (1 + self.slot_drafted.shape[1]) if self._has_drafts else steps)
+        for slot, count in dict(zip(slots[::-1].tolist(), counts[::-1].tolist(), strict=True)).items():
+            first = count % context  # of the slot's first output: its drafts come behind it
+            for start, stop in ((first, min(first + most, context)), (0, first + most - context)):
                 if stop > start:
                     at = self._ring_offset + 4 * (slot * context + start)
                     size = 4 * (stop - start)
