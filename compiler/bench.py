@@ -12,7 +12,8 @@ from statistics import mean, median
 from typing import Any
 
 from ..ir.errors import UsageError
-from ..runtime import Model
+from ..runtime import Generation, Model
+from ..runtime.direct import fixed_tokens
 
 DEPTHS = (0, 2048)
 
@@ -26,7 +27,10 @@ def measure(
     rounds: int,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """One entry per test: `pp512` reads a prompt, `tg64 @ d2048` generates from 2048 cached tokens on."""
+    """One entry per test: `pp512` reads a prompt, `tg64 @ d2048` generates from 2048 cached tokens on.
+
+    With drafts also `copy64`, the text after a prompt that repeats itself.
+    """
     context = model.limits.context
     chosen = [d for d in DEPTHS if d + tokens <= context] if depths is None else list(depths)
     if not chosen:
@@ -42,6 +46,9 @@ def measure(
         model.bench_decode(min(4, tokens), depth, rows)  # fills the cache up to the depth, and warms up
         found.append(_decode(model, tokens, depth, rows, rounds))
     model.reset()
+    if model.drafts:
+        progress(f"copy{tokens}, {model.threads} threads")
+        found.append(_copy(model, tokens, rounds))
     return found
 
 
@@ -76,6 +83,25 @@ def _decode(model: Model, tokens: int, depth: int, rows: int, rounds: int) -> di
         "fraction": median(g / b for g, b in zip(reached, bandwidths, strict=True)),
     }
     return entry
+
+
+def _copy(model: Model, tokens: int, rounds: int) -> dict[str, Any]:
+    """Text after a prompt that repeats itself, with guesses: what they bring depends on what the model says."""
+    tokens = max(tokens, 2)
+    prompt = (fixed_tokens(0, 48, model.vocab) * 4)[: max(1, model.limits.context - tokens)]
+    results: list[Generation] = []
+
+    def run() -> float:
+        results.append(model.generate(prompt, max_new_tokens=tokens, stop_tokens=[]))
+        return results[-1].timings.decode
+
+    run()  # warms up
+    seconds, bandwidths = _rounds(model, rounds, run)
+    found = results[-1].speculation
+    assert found is not None
+    name = f"copy{tokens}, {found.tokens_per_step:.2f} tokens per step"
+    entry = _entry(model, name, [(tokens - 1) / s for s in seconds], bandwidths)
+    return entry | {"tokens_per_step": found.tokens_per_step, "acceptance": list(found.acceptance)}
 
 
 def _entry(model: Model, test: str, rates: list[float], bandwidths: list[float]) -> dict[str, Any]:

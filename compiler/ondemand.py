@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..ir.errors import LoadError, UsageError, nearest
-from ..ir.limits import Limits
+from ..ir.errors import CompileError, LoadError, UsageError, nearest
+from ..ir.limits import DRAFTS, Limits, decode_rows
 from ..models.fetch import SOURCES, fetch
 from .build import host_level
 
@@ -69,11 +69,13 @@ def open_model(
     device: str = "auto",
     segments: str = "mega",
     prefix_cache: bool = True,
+    speculate: str = "auto",
     all_slots: bool = False,
 ) -> Model:
     """Load an artifact, or the one compiled from a model now or earlier. One sequence's cache unless `all_slots`."""
     path = find_model(name)
-    how = {"threads": threads, "device": device, "segments": segments, "prefix_cache": prefix_cache}
+    how = {"threads": threads, "device": device, "segments": segments, "prefix_cache": prefix_cache,
+           "speculate": speculate}  # fmt: skip
     if is_artifact(path):
         return _load(path, all_slots, how)
     if device == "cuda":
@@ -82,13 +84,26 @@ def open_model(
             place=name,
             hint=f"`onelaunch compile {name} --target sm_90` makes one, for sm_90 or what the device is",
         )
-    cached = compiled(path, progress, threads, context)
+    limits = _limits(context, speculate)
+    cached = compiled(path, progress, limits, context is None, threads)
     try:
         return _load(cached, all_slots, how)
     except LoadError:
         # What a crash or a full disk left is ours to repair: the model is still there.
         shutil.rmtree(cached, ignore_errors=True)
-        return _load(compiled(path, progress, threads, context), all_slots, how)
+        return _load(compiled(path, progress, limits, context is None, threads), all_slots, how)
+
+
+def _limits(context: int | None, speculate: str) -> Limits:
+    """With as many drafts as are asked for, or the usual ones."""
+    from ..runtime.speculate import parse_speculate
+
+    drafts = max(parse_speculate(speculate)[1] or 0, DRAFTS)
+    outputs = decode_rows(Limits.slots, Limits.few_rows, drafts)
+    try:
+        return Limits(context=context or Limits.context, drafts=drafts, outputs=max(Limits.outputs, outputs))
+    except CompileError as error:
+        raise UsageError(error.reasons, hint=error.hint) from error
 
 
 def _load(path: Path, all_slots: bool, how: dict[str, Any]) -> Model:
@@ -98,20 +113,19 @@ def _load(path: Path, all_slots: bool, how: dict[str, Any]) -> Model:
     return load(path, kv_tokens=None if all_slots else max(64, context), **how)
 
 
-def compiled(model: Path, progress: Progress, threads: int | None = None, context: int | None = None) -> Path:
-    """The cached artifact of a model, compiled if it is not there."""
+def compiled(model: Path, progress: Progress, limits: Limits, fit: bool, threads: int | None = None) -> Path:
+    """The cached artifact of a model, compiled if it is not there; `fit`: no more context than it was trained for."""
     from filelock import FileLock
 
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    limits = Limits(context=context or Limits.context)
     factors = {
         "onelaunch": __version__,
         "compiler": compiler_digest(),
         "model": model_digest(model, folder),
         "target": host_level().name,
         "limits": limits.as_dict(),
-        "fit_context": context is None,
+        "fit_context": fit,
         "threads": threads,
         "cores": os.cpu_count(),
     }
@@ -121,7 +135,7 @@ def compiled(model: Path, progress: Progress, threads: int | None = None, contex
         return output
     with FileLock(folder / f"{key}.lock"):
         if not (output / "manifest.json").is_file():
-            _compile(model, output, limits, context is None, threads, progress)
+            _compile(model, output, limits, fit, threads, progress)
             output.with_name(output.name + ".key.json").write_text(json.dumps(factors, indent=1) + "\n")
     return output
 

@@ -17,6 +17,7 @@ PAGE_RUN = 4  # pages whose tiles of one head lie together: a stream that jumps 
 SPLIT_TOKENS = 256  # tokens per attention split; fixed, so the order of sums depends on the position alone
 PARTIAL_HEADER = 16  # floats before an attention partial's outputs: maximum, sum, padding to a cache line
 STOP_TOKENS = 16  # stop tokens per slot
+DRAFTS = 4  # what to compile where nobody says: more rows cost more than they bring (tests/bench/speculate.py)
 ALIGN = 128  # bytes; the unit of every offset in the task table
 
 
@@ -91,6 +92,12 @@ def drafts_beside(running: int, few_rows: int, drafts: int) -> int:
 def decode_rows(slots: int, few_rows: int, drafts: int) -> int:
     """Rows with logits in a step at most: drafts and last tokens of those that run, a prompt's last row of the rest."""
     return max(n * drafts_beside(n, few_rows, drafts) for n in range(1, slots + 1)) + slots
+
+
+def most_drafts(rows: int, slots: int, outputs: int, few_rows: int) -> int:
+    """Drafts there is room for in a step, DRAFTS at most."""
+    room = min(rows, outputs or rows)
+    return max(n for n in range(min(DRAFTS, few_rows - 1) + 1) if n == 0 or decode_rows(slots, few_rows, n) <= room)
 
 
 def partial_floats(head_dim: int) -> int:

@@ -46,13 +46,13 @@ def load(
     as a launch per phase of the same tiles, there to be compared with. A processor runs steps whole. prefix_cache:
     keep what prompts and answers left in the KV cache until its pages are needed; a prompt that begins the same is
     read from there on, with the same result. speculate: guess tokens from what the text said before and check several
-    in one step, with the same result: `ngram:K` up to K, `auto` as many as the artifact was compiled for, `off`.
+    in one step, with the same result: `ngram:K` up to K; `auto`, as many as were compiled in, but `off` on a GPU.
     """
     if segments not in SEGMENTS:
         raise UsageError(f"segments: expected {' or '.join(SEGMENTS)}, got `{segments}`")
     artifact = Artifact.open(path)
     artifact.expect_weights()
-    drafts = drafts_of(speculate, artifact.manifest.limits)
+    drafts = drafts_of(speculate, artifact.manifest.limits)  # refused before anything is loaded
     counts = page_counts(artifact.manifest.caches, artifact.manifest.limits, kv_tokens)
     gpus, may_fall_back = _candidates(artifact, target, device)
     may_fall_back &= segments == "mega"  # a processor cannot stand in for a step in segments
@@ -62,6 +62,8 @@ def load(
             f"segments: expected `mega` on a processor, got `{segments}`",
             hint="only a GPU target's step can be cut into launches, on a machine with such a device",
         )
+    if opened and speculate == "auto":
+        drafts = 0  # what it brings on a GPU is not measured
     backend, workers, chosen = opened or _on_processor(artifact, target, threads, counts)
     model = Model(
         artifact.manifest, backend, counts, lambda: _tokenizer(artifact), target=chosen, threads=workers,

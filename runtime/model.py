@@ -57,7 +57,7 @@ class Model:
         self.manifest, self.target, self.threads, self.segments = manifest, target, threads, segments
         self.name, self.limits, self.vocab = manifest.name, manifest.limits, manifest.vocab
         self._backend, self._read_tokenizer = backend, read_tokenizer
-        self._drafts = drafts
+        self.drafts = drafts  # guesses a step may have
         self._cache = Cache(manifest.caches, kv_pages, backend.state.pages, self.limits.context, prefix_cache)
         self._scheduler = RowScheduler(backend, self.limits, self._cache, self.vocab)
         self._direct = DirectRows(backend, self.limits, self._cache, manifest.caches, self.vocab)
@@ -250,7 +250,7 @@ class Model:
         stop_tokens = settings.stop_tokens
         if stop_tokens is None:
             stop_tokens = tokenizer.eos if tokenizer else ()
-        request = Request(ids, wanted, settings.sampling(index), tuple(map(int, stop_tokens)), self._drafts)
+        request = Request(ids, wanted, settings.sampling(index), tuple(map(int, stop_tokens)), self.drafts)
         self._scheduler.check(request)
         return TextOutput(request, tokenizer, settings.stops)
 

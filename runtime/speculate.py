@@ -33,6 +33,18 @@ class Speculation:
         rate = (len(request.tokens) - 1) / steps if steps else 0.0
         return cls(steps, rate, request.drafted, request.accepted)
 
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of the n-th guesses that were right, those after a wrong one counted as wrong."""
+        return tuple(a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True))
+
+    def line(self) -> str:
+        """For people to read."""
+        shares = ", ".join(
+            f"{share:.0%} of {count}" for share, count in zip(self.acceptance, self.drafted, strict=True)
+        )
+        return f"speculation: {self.tokens_per_step:.2f} tokens per step; accepted by position {shares}"
+
 
 def parse_speculate(text: str) -> tuple[str, int | None]:
     """`off`, `auto`, `ngram` or `ngram:K` as a word and K; UsageError for anything else."""

@@ -19,6 +19,7 @@ from .words import (
     note,
     positive,
     print_json,
+    speculation,
     thread_list,
 )
 
@@ -38,6 +39,11 @@ def command(
     ] = "",
     rounds: Annotated[int, typer.Option(parser=positive, metavar="N", help="Repetitions, the median is reported")] = 5,
     segments: Segments = "mega",
+    speculate: Annotated[
+        str, typer.Option(parser=speculation, metavar="ngram:K",
+                          help="Also decode a text that repeats itself, guessing up to K tokens a step",
+                          show_default="no such test")
+    ] = "off",
     context: Context = None,
     device: Device = "auto",
     format: Annotated[str, typer.Option(help="md or json")] = "md",
@@ -53,7 +59,8 @@ def command(
 
     found: list[dict[str, Any]] = []
     for count in counts:
-        how: dict[str, Any] = {"threads": count, "context": context, "device": device, "segments": segments}
+        how: dict[str, Any] = {"threads": count, "context": context, "device": device, "segments": segments,
+                               "speculate": speculate}
         with open_model(model, PassLines(12), all_slots=rows > 1, **how) as opened:
             found += measure(opened, prompt_tokens, tokens, depths, rows, rounds, note)
     if json or format == "json":

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...ir.errors import CompileError, UsageError, nearest
-from ...ir.limits import Limits
-from .words import MODEL_HELP, Json, PassLines, note, positive, print_json, thread_list
+from ...ir.limits import Limits, decode_rows, most_drafts
+from .words import MODEL_HELP, Json, PassLines, note, positive, print_json, speculation, thread_list
 
 if TYPE_CHECKING:
     from ..driver import Request
@@ -52,8 +52,12 @@ def command(
         int | None, _number("Tokens of a sequence, like 8192 or 8K", "4K or the model's own")
     ] = None,
     outputs: Annotated[
-        int | None, _number("Rows with logits per step", "8, or as many as slots")
+        int | None, _number("Rows with logits per step", "8, or as many as slots and drafts need")
     ] = None,
+    speculate: Annotated[
+        str, typer.Option(parser=speculation, metavar="auto|ngram:K|off", rich_help_panel=LIMITS,
+                          help="Most tokens to guess and check in a step; auto is ngram:4, off with a GPU target")
+    ] = "auto",
     threads: Annotated[
         str, typer.Option(metavar="N,N,..", help="Thread counts to compile for", show_default="1,2,4,8,16 and all",
                           rich_help_panel=LIMITS)
@@ -73,13 +77,16 @@ def command(
     """Compile a model to one decode-step artifact"""
     _one_of("--quant", quant, ("", *QUANT))
     _one_of("--kv-dtype", kv_dtype, KV)
-    limits = _limits(rows, slots, context, outputs, kv_dtype)
     counts = thread_list(threads) if threads else ()
     from ..driver import Request
     from ..lowering import Dump
     from ..ondemand import find_model
+    from ..target_list import parse_targets
 
     texts = Dump(dump, stop_after)
+    if speculate == "auto" and parse_targets(target, tuple(target_file or ())).gpus:
+        speculate = "off"
+    limits = _limits(rows, slots, context, outputs, kv_dtype, speculate)
     path = find_model(model)
     request = Request(
         model=path,
@@ -146,8 +153,15 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"{option}: expected one of {listed}, got `{value}`", hint=nearest(value, known))
 
 
-def _limits(rows: int, slots: int, context: int | None, outputs: int | None, kv_dtype: str) -> Limits:
-    given = {"rows": rows, "slots": slots, "outputs": outputs or max(slots, Limits.outputs), "kv_dtype": kv_dtype}
+def _limits(
+    rows: int, slots: int, context: int | None, outputs: int | None, kv_dtype: str, speculate: str
+) -> Limits:
+    from ...runtime.speculate import parse_speculate
+
+    word, wanted = parse_speculate(speculate)
+    drafts = 0 if word == "off" else wanted or most_drafts(rows, slots, outputs or 0, Limits.few_rows)
+    needed = max(Limits.outputs, decode_rows(slots, Limits.few_rows, drafts))
+    given = {"rows": rows, "slots": slots, "outputs": outputs or needed, "kv_dtype": kv_dtype, "drafts": drafts}
     try:
         return Limits(**given, context=context or Limits.context)  # type: ignore[arg-type]
     except CompileError as error:

@@ -17,6 +17,7 @@ from .words import (
     Json,
     PassLines,
     Segments,
+    Speculate,
     Threads,
     note,
     positive,
@@ -46,7 +47,7 @@ Stats = Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")]
 PrefixCache = Annotated[
     bool, typer.Option(" /--no-prefix-cache", help="Read again what the KV cache still holds")
 ]
-WHERE = ("threads", "context", "device", "segments", "prefix_cache")
+WHERE = ("threads", "context", "device", "segments", "prefix_cache", "speculate")
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text, may be repeated")]
 
@@ -67,6 +68,7 @@ class Options:
     device: Device = "auto"
     segments: Segments = "mega"
     prefix_cache: PrefixCache = True
+    speculate: Speculate = "auto"
     stats: Stats = False
     json: Json = False
 
@@ -178,3 +180,5 @@ def _stats(result: Generation) -> None:
         f"prompt {result.prompt_tokens} tokens{reused}, {t.prompt_per_second:.1f}/s; "
         f"generated {len(result.tokens)}, {t.decode_per_second:.1f}/s; ended by {result.finish_reason}"
     )
+    if result.speculation is not None:
+        note(result.speculation.line())

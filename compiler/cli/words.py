@@ -50,6 +50,13 @@ def device_name(text: str) -> str:
     return text
 
 
+def speculation(text: str) -> str:
+    from ...runtime.speculate import parse_speculate
+
+    parse_speculate(text)
+    return text
+
+
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout")]
 Context: TypeAlias = Annotated[
     int | None,
@@ -67,6 +74,11 @@ Device: TypeAlias = Annotated[
 Segments: TypeAlias = Annotated[
     str, typer.Option(metavar="NAME", help="On a GPU: mega, a step is one launch, or per-phase, one for each phase")
 ]
+Speculate: TypeAlias = Annotated[
+    str,
+    typer.Option(parser=speculation, metavar="auto|ngram:K|off",
+                 help="Guess up to K tokens from the text so far and check them in one step; changes no text"),
+]  # fmt: skip
 MODEL_HELP = "A .gguf file, a Hugging Face folder, or a name: smollm2-135m-instruct, gemma3-270m"
 
 
