@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from random import Random
+from unittest import mock
 
 import pytest
 import torch
 from mutations import MUTATIONS
-from tiny import Tiny, tiny
+from tiny import LIMITS, Tiny, tiny
 
 from onelaunch.ir.errors import VerifyError
 from onelaunch.ir.reference import Slot
@@ -19,9 +21,10 @@ from onelaunch.ir.sampling import Sampling
 from onelaunch.ir.schedule import BUCKETS, Buffer, Schedule, Task
 from onelaunch.ir.schedule_text import show_schedule
 from onelaunch.ir.validate import validate
-from onelaunch.ir.vm import Outcome, VirtualMachine
+from onelaunch.ir.vm import Outcome, VirtualMachine, commit
 
-BASES = tuple(product(("llama", "gemma3", "qwen2_moe"), BUCKETS, (1, 2, 3)))
+DRAFTING = "llama with drafts"
+BASES = (*product(("llama", "gemma3", "qwen2_moe"), BUCKETS, (1, 2, 3)), (DRAFTING, "few", 2))
 PER_BASE = 9  # mutants of each kind
 ALWAYS_WRONG = ("dropped_signal", "wrong_target", "dropped_task", "doubled_task", "wrong_range", "wrong_drain")
 INTERLEAVINGS = (("random", 1), ("burst", 3), ("highest", 0))
@@ -29,21 +32,29 @@ INTERLEAVINGS = (("random", 1), ("burst", 3), ("highest", 0))
 
 @cache
 def model(family: str) -> Tiny:
-    return tiny(family, layer_kinds=("local", "global"))
+    return tiny(family.split()[0], layer_kinds=("local", "global"))
 
 
 @cache
 def base(family: str, bucket: str, workers: int) -> Schedule:
-    return model(family).schedule(bucket, workers)
+    drafts = replace(LIMITS, outputs=6, drafts=2) if family == DRAFTING else LIMITS
+    return model(family).schedule(bucket, workers, drafts)
 
 
 def run_steps(made: Schedule, tiny_model: Tiny, order: str, seed: int) -> list[Outcome]:
-    """A prompt step and two decoding steps, poisoned."""
+    """A prompt step and two decoding steps, poisoned; with drafts, a guess behind the last token of each slot."""
     machine = VirtualMachine({made.bucket: made}, tiny_model.weights)
     for slot in (0, 1):
-        machine.start(slot, Slot(Sampling(temperature=0.7 * slot, seed=5), limit=64, seen=frozenset((3, 5, 9))))
+        how = Slot(Sampling(temperature=0.7 * slot, seed=5), limit=64, seen=frozenset((3, 5, 9)))
+        machine.start(slot, how, drafts=made.limits.drafts)
     machine.set_rows([(3, 0, 0), (5, 0, 1), (9, 1, 0)], [1, 2])
-    return [machine.step(order, seed + i) for i in range(3)]
+    with mock.patch.object(commit, "look_up", lambda history, count: [3] * count):
+        return [machine.step(order, seed + i) for i in range(3)]
+
+
+def test_steps_of_the_base_with_drafts_have_some():
+    first, *later = expected(DRAFTING, "few", 2)
+    assert [len(step.tokens) for step in (first, *later)] == [2, 4, 4]
 
 
 @cache
