@@ -112,8 +112,8 @@ class DeviceState(State):
         self._call("cuStreamSynchronize", self._stream)
         self._accept(self._returned)
         if steps == 1 and not self.fault[0]:  # the commit put output_token there; no need to copy it again
-            said = counts < self.slot_count[slots]  # all but drafts that did not hold and what followed them
-            self._ring[slots[said], counts[said] % self._ring.shape[1]] = self.output_token[: len(slots)][said]
+            # What drafts chose that did not hold lies beyond the slot's count, until other tokens replace it.
+            self._ring[slots, counts % self._ring.shape[1]] = self.output_token[: len(slots)]
         if self._has_drafts:
             return int((self.slot_steps - self._steps_before)[slots].max(initial=0))
         return int((self.slot_count[slots] - counts).max(initial=0))

@@ -21,6 +21,11 @@ class DraftingToy(Watched):
     right = 0.7
     longest = 0  # rows of one slot that a step had
 
+    def step(self) -> None:
+        n, s = int(self.state.n_rows[0]), self.state
+        assert (s.row_position[:n] < s.slot_limit[s.row_slot[:n]]).all()  # beyond it a slot has no pages
+        super().step()
+
     def _choose(self, r: int) -> int:
         """With the drafts up to this row seen, as if they had been said."""
         s, slot = self.state, int(self.state.row_slot[r])
