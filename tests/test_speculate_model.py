@@ -89,9 +89,8 @@ def test_explicit_rows_and_benchmarks_have_no_drafts(path: Path, plain: Model) -
         for _ in range(2):
             assert (model.step(prompt[:40]) == plain.step(prompt[:40])).all()
             model.reset(), plain.reset()
-        steps = model._backend.state.slot_steps[0].copy()
         assert len(model.bench_decode(90, depth=60)) == 90
-        assert model._backend.state.slot_steps[0] == steps + 90
+        assert model._backend.state.slot_steps[0] == 90  # one token each
         assert len(model.bench_decode(30, depth=60, rows=4)) == 30
         again = model.generate(prompt, max_new_tokens=40, stop_tokens=[])
     assert again.tokens == plain.generate(prompt, max_new_tokens=40, stop_tokens=[]).tokens
