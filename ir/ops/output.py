@@ -36,6 +36,9 @@ class Sample(Op):
 class Commit(Op):
     """Record each chosen token in its slot, stop the slot or write its next row; gives the new slots.
 
+    A step compiled with drafts records none behind a wrong guess and writes guesses into the next rows
+    (`ir/drafting.py`); what is said stays the same, so the reference has none.
+
     example:
         graph f(token: i32[L], rows: rows, slots: slots) -> (slots1) {
           slots1: slots = commit(token, rows, slots)
