@@ -21,7 +21,7 @@ from ..ir.schedule import BUCKETS, Schedule, padded
 from ..ir.table import CacheGroup, cache_groups
 from .weights import PackedWeight
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class ArtifactFolder:

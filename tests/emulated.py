@@ -19,12 +19,13 @@ import pytest
 import torch
 from ptx_spelled import spelled_out
 
-from onelaunch.codegen.triton.build import OPTIONS, WARPS, llvm_switches, load_module, signature
-from onelaunch.codegen.triton.render import FAULT, render_kernel
+from onelaunch.codegen.triton.build import OPTIONS, WARPS, launch_shared, llvm_switches, load_module, signature
+from onelaunch.codegen.triton.render import FAULT, STREAMED, render_kernel
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.formats import FORMATS, Format
 from onelaunch.ir.limits import Limits, kv_pool_bytes, kv_tile_bytes, state_bytes, state_fields
 from onelaunch.ir.schedule import BUCKETS
+from onelaunch.ir.stream import streams
 from onelaunch.ir.table import cache_groups, lower
 from onelaunch.models.importer import import_checkpoint
 from onelaunch.models.open import open_checkpoint
@@ -35,6 +36,7 @@ from onelaunch.tests.checkpoints import save_random
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as codegen/triton/build.py compiles
 EMULATOR = Path(__file__).resolve().parents[2] / "shared" / "ptxemu"
 WORKERS = 4
+STAGES = 3  # chunks of the weight stream in the ring
 STALE = 0x47  # as bytes of float32 or bf16: about 51,000
 ARCHS = (80, 90, 100, 120)
 SIZES = {
@@ -131,7 +133,8 @@ class EmulatedStep:
         self.packed = packed_weights(program)
         self.plan = weight_plan(self.packed)
         self.weights = np.concatenate([pack_one(w, imported) for w in self.packed])
-        self.tables = {b: lower(s, self.source.bodies[b], self.plan) for b, s in self.schedules.items()}
+        self.tables = {b: lower(s, self.source.bodies[b], self.plan, None, self.source.chunk_blocks.get) for b, s in self.schedules.items()}
+        self.stream = streams(self.schedules[STREAMED], self.plan, self.source.chunk_blocks.get)
         groups = cache_groups(program.kinds, program.layers)
         vocab = program.logits.tensor.width
         fields = state_fields(limits, vocab, len(groups))
@@ -153,7 +156,8 @@ class EmulatedStep:
         step = getattr(load_module(text), f"step_{bucket}")
         types = signature(self.limits, self.source.kv_names)
         with llvm_switches():
-            return emulator().compile_kernel(step, types, {}, arch=self.arch, num_warps=self.warps, **OPTIONS)
+            constants = {"STAGES": STAGES}
+            return emulator().compile_kernel(step, types, constants, arch=self.arch, num_warps=self.warps, **OPTIONS)
 
     def with_text(self, edit: Callable[[str], str]) -> EmulatedStep:
         """This step, sharing its memory, with the kernel of the decode bucket compiled from an edited text."""
@@ -221,10 +225,14 @@ class EmulatedStep:
         tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays[:1]]
         tensors += [torch.from_numpy(a) for a in (*arrays[1:], self.raw.view(np.int32))]
         tensors += [torch.from_numpy(a).view(kv_type) for a in self.kv]
+        tensors += [torch.from_numpy(self.stream)]
         kernel = self.kernels[bucket]
+        shared = launch_shared(kernel.metadata.shared, (STAGES, self.source.slot_bytes), bucket)
         return emulator().emulate(
-            spelled_out(change(kernel.asm["ptx"])), kernel.metadata, (len(table),), [*tensors, table.shape[1]],
-            names=self.names, seed=seed, readonly=["weights", "table"], poisoned=["workspace"] if whole else [],
+            spelled_out(change(kernel.asm["ptx"])), kernel.metadata._replace(shared=shared), (len(table),),
+            [*tensors, table.shape[1], self.stream.shape[1]],
+            names=self.names, seed=seed, readonly=["weights", "table", "stream"],
+            poisoned=["workspace"] if whole else [],
         )  # fmt: skip
 
     def generate(self, prompt: list[int], count: int, first_seed: int = 0):

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onelaunch.ir.segments import SIGNAL
+from onelaunch.ir.record import END
+from onelaunch.ir.segments import BODY, SIGNAL
 from onelaunch.runtime import Artifact, Model, StepFault, load
 
 NEVER: dict[str, Any] = {"stop_tokens": []}
@@ -130,7 +131,7 @@ def without_a_signal(artifact: Path, out: Path, workers: int) -> Path:
     name = f"tables/{gpu_target(artifact)}-{workers}.npy"
     table = np.load(out / name)
     for bucket in table:
-        worker, record = np.argwhere(bucket[:, :, SIGNAL] >= 0)[-1]
+        worker, record = np.argwhere((bucket[:, :, SIGNAL] >= 0) & (bucket[:, :, BODY] != END))[-1]
         bucket[worker, record, SIGNAL] = -1
     np.save(out / name, table)
     digest = hashlib.sha256((out / name).read_bytes()).hexdigest()

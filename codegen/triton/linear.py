@@ -16,22 +16,14 @@ from ...ir.bodies import UNIT_ROWS
 from ...ir.schedule import STRATEGIES
 from ..rendering import template
 from .build import WARPS
-from .dots import ROWS, dot_asm
-from .formats import PANEL_WORDS, DenseReader, Reader, reader
+from .dots import PANEL, Dots, load_asm
+from .formats import CHUNK_GROUPS, PANEL_WORDS, DenseReader, Reader, reader
 from .rows import PANEL_TYPES
 
 TEMPLATES = Path(__file__).parent / "templates"
 FEW_ROWS = 8  # rows that CUDA cores take through the weights at once
 TILE_ROWS = {"vector": FEW_ROWS, "matrix": UNIT_ROWS}
-DENSE_GROUPS = 4  # groups of lines in flight per thread
-# Rows of a part: what is loaded of the panel must stay below one value per thread, or Triton moves it through
-# shared memory. FEW_ROWS are made of parts.
-PART_ROWS = {"f16": 2}
-JOINED = {
-    1: "tl.broadcast_to(y0, (32, {rows}))",
-    2: "tl.reshape(tl.permute(tl.join(y0, y1), (0, 2, 1)), (32, {rows}))",
-    4: "tl.reshape(tl.permute(tl.join(tl.join(y0, y1), tl.join(y2, y3)), (0, 3, 2, 1)), (32, {rows}))",
-}
+PART_ROWS = 4  # rows of activations that one unpacking of codes serves: more do not fit in registers
 
 
 @dataclass(frozen=True)
@@ -57,13 +49,14 @@ def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapp
         **common,
         bucket=bucket,
         name=name,
+        streamed=strategy == "vector",
         rows_at=rows,
         tile_rows=TILE_ROWS[strategy],
         tile_words=_tile_words(fmt),
         plain=[m for m in mine if not m.heads],
         heads=[m for m in mine if m.heads],
     )
-    return _core(fmt, strategy) + "\n\n" + str(dispatcher)
+    return _core(fmt, strategy, common["chunks"][name]) + "\n\n" + str(dispatcher)
 
 
 def _tile_words(fmt: Reader | DenseReader) -> str:
@@ -72,32 +65,71 @@ def _tile_words(fmt: Reader | DenseReader) -> str:
     return f"blocks * {fmt.block_words}"
 
 
-def _core(fmt: Reader | DenseReader, strategy: str) -> str:
+def _core(fmt: Reader | DenseReader, strategy: str, chunk_blocks: int) -> str:
     """The functions that multiply one packed tile."""
-    rows = TILE_ROWS[strategy]
-    dense = isinstance(fmt, DenseReader)
+    dense, rows = isinstance(fmt, DenseReader), TILE_ROWS[strategy]
     values: dict[str, Any] = {"fmt": fmt, "tile_rows": rows, "panel_words": PANEL_WORDS, "warps": WARPS}
-    if strategy == "vector":
-        part = PART_ROWS.get(fmt.name, 4)
-        counts = {"one": (1, 1), "several": (part, rows // part)}
-        values["variants"] = [(name, m, parts) for name, (m, parts) in counts.items()]
-        values["joined"] = {name: JOINED[parts].format(rows=rows) for name, (_, parts) in counts.items()}
-    if isinstance(fmt, Reader) and strategy == "vector":
-        asm, constraints = dot_asm(fmt)
-        values |= {
-            "asm": asm,
-            "constraints": constraints,
-            "asm_rows": ROWS,
-            "planes": ", ".join(p.name for p in fmt.planes),
-            "outputs": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
-        }
-    if dense:
+    if isinstance(fmt, DenseReader):
         values |= {
             "panel_type": PANEL_TYPES["bf16" if fmt.name == "bf16" else "f32"],
-            "groups": DENSE_GROUPS,
-            "held": ", ".join(f"w{i}" for i in range(DENSE_GROUPS)),
+            "groups": CHUNK_GROUPS,
             # Words of two rows have a sum for each.
-            "halves": (halves := ["a", "b"] if fmt.name == "f16" else ["a"]),
-            "sums": [", ".join(f"sums{p}_{half}" for half in halves) for p in range(4)],
+            "halves": ["a", "b"] if fmt.name == "f16" else ["a"],
+            "sums": "sums_a, sums_b" if fmt.name == "f16" else "sums_a",
+            "variants": [DenseVariant("one", 1, fmt.name), DenseVariant("several", rows, fmt.name)],
+        }
+    elif strategy == "vector":
+        values |= {
+            "chunk_blocks": chunk_blocks,
+            "dots": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
+            "scales": ", ".join(s.name for s in fmt.scales),
+            "variants": [Variant("one", 1, fmt), Variant("several", rows, fmt)],
         }
     return str(template(TEMPLATES, f"{strategy}{'_dense' if dense else ''}.py.j2").render(**values))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The code of an integer format for some rows of activations at once."""
+
+    name: str
+    rows: int
+    fmt: Reader
+
+    @property
+    def parts(self) -> list[Dots]:
+        steps = range(0, self.rows, PART_ROWS)
+        return [Dots(self.fmt, tuple(range(p, min(p + PART_ROWS, self.rows))), self.rows > 1) for p in steps]
+
+    @property
+    def activations(self) -> str:
+        return ", ".join({"d": "scale0", "t": "whole0"}.get(name, name) for name in PANEL)
+
+    @property
+    def joined(self) -> str:
+        return joined([f"y{p}" for p in range(self.rows)])
+
+    load_asm, load_constraints, load_types = load_asm()
+
+
+@dataclass(frozen=True)
+class DenseVariant:
+    """The code of a dense format for some rows of activations at once."""
+
+    name: str
+    rows: int
+    format: str
+
+    def sums(self, p: int, j: int) -> str:
+        return ", ".join(f"sums{p}_{half}{j}" for half in ("ab" if self.format == "f16" else "a"))
+
+    @property
+    def joined(self) -> str:
+        return joined([f"y{p}" for p in range(self.rows)])
+
+
+def joined(names: Sequence[str]) -> str:
+    """The Triton expression that puts a power of two of tiles beside each other, in order, in new last axes."""
+    if len(names) == 1:
+        return names[0]
+    return f"tl.join({joined(names[::2])}, {joined(names[1::2])})"
