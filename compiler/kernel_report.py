@@ -154,10 +154,13 @@ class _Source:
 
 
 def _main_loops(text: _Source, loops: list[Loop], line: int, threads: int, bits: int) -> tuple[MainLoop, ...]:
-    """The shortest loop of each function that loads codes: first loads, made before a loop, are in those around it."""
+    """The shortest loop of each function that loads codes, one with products if there is any: first loads, made before a loop, are in those around it."""
     found: dict[frozenset[tuple[str, ...]], tuple[Loop, list[Instruction]]] = {}
-    for loop in sorted(loops, key=lambda loop: len(loop.code)):
+    for loop in sorted(loops, key=lambda loop: (loop.kind != "matrix", len(loop.code))):
         loads = [i for i in loop.code if text.branch(i) == line and i.lines[0] in text.marked and i.load_bits()]
+        # A statement that reads codes from the ring reads scales and activations as well: narrower, or from afar.
+        ring = [i for i in loads if i.name == "LDS" and i.load_bits() == 128]
+        loads = ring or [i for i in loads if i.name != "LDS"]
         if loads:
             found.setdefault(frozenset(tuple(text.chain(i)) for i in loads), (loop, loads))
     return tuple(_main_loop(text.function(loop, loads), loop, loads, threads, bits) for loop, loads in found.values())
@@ -221,7 +224,9 @@ class _Alone(ast.NodeTransformer):
         if not any(isinstance(n, ast.Name) and n.id == "body" for n in ast.walk(node.test)):
             return self.generic_visit(node)
         match node.body:
-            case [ast.Expr(value=ast.Call(func=ast.Name(id=self.function)))]:
+            case [ast.Expr(value=ast.Call(func=ast.Name(id=self.function)))] | [
+                ast.Assign(value=ast.Call(func=ast.Name(id=self.function)))
+            ]:
                 return node.body
         rest = [self.visit(inner) for inner in node.orelse]
         return [s for inner in rest for s in (inner if isinstance(inner, list) else [inner])] or ast.Pass()

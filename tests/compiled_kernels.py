@@ -7,8 +7,9 @@ from itertools import product
 
 import pytest
 
-from onelaunch.codegen.triton.build import Kernel, compile_kernel
+from onelaunch.codegen.triton.build import Kernel, compile_kernel, stages
 from onelaunch.codegen.triton.render import Source, render_kernel
+from onelaunch.compiler.machines import machine_for
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.tests.tiny import Tiny, tiny
@@ -38,7 +39,13 @@ def source(family: str) -> Source:
     return render_kernel({b: model(family).schedule(b, 4, LIMITS) for b in BUCKETS})
 
 
+def ring(family: str, arch: int) -> tuple[int, int]:
+    """Chunks in the ring of a machine, and the bytes of a place for one."""
+    size = source(family).slot_bytes
+    return stages(size, machine_for(f"sm_{arch}").shared_bytes_per_block), size
+
+
 @cache
 def kernel(family: str, arch: int, bucket: str) -> Kernel:
     made = source(family)
-    return compile_kernel(made.text, LIMITS, made.kv_names, arch, bucket)
+    return compile_kernel(made.text, LIMITS, made.kv_names, arch, bucket, ring(family, arch))

@@ -133,7 +133,8 @@ class EmulatedStep:
         self.packed = packed_weights(program)
         self.plan = weight_plan(self.packed)
         self.weights = np.concatenate([pack_one(w, imported) for w in self.packed])
-        self.tables = {b: lower(s, self.source.bodies[b], self.plan, None, self.source.chunk_blocks.get) for b, s in self.schedules.items()}
+        chunks = self.source.chunk_blocks.get
+        self.tables = {b: lower(s, self.source.bodies[b], self.plan, None, chunks) for b, s in self.schedules.items()}
         self.stream = streams(self.schedules[STREAMED], self.plan, self.source.chunk_blocks.get)
         groups = cache_groups(program.kinds, program.layers)
         vocab = program.logits.tensor.width

@@ -125,7 +125,8 @@ class InterpretedStep:
         packed = packed_weights(program)
         plan = weight_plan(packed)
         self.packed = np.concatenate([pack_one(w, imported) for w in packed])
-        self.tables = {b: lower(s, self.source.bodies[b], plan, None, self.source.chunk_blocks.get) for b, s in self.schedules.items()}
+        chunks = self.source.chunk_blocks.get
+        self.tables = {b: lower(s, self.source.bodies[b], plan, None, chunks) for b, s in self.schedules.items()}
         self.stream = streams(self.schedules[STREAMED], plan, self.source.chunk_blocks.get)
         self.groups = cache_groups(program.kinds, program.layers)
         self.state = State(state_fields(limits, program.logits.tensor.width, len(self.groups)))

@@ -14,8 +14,8 @@ from ...ir.formats import BLOCK_K, FORMATS, Format
 
 WORD = 4
 # Of integer codes in a chunk of the weight stream: a quad of rows of a block per thread. Twice as many were 7 % slower
-# on an H200.
-CHUNK_BLOCKS = 32
+# on an H200; two chunks must fit into 100 KB beside what Triton takes, so formats of more bytes have half as many.
+CHUNK_BLOCKS, CHUNK_BYTES = 32, 28 << 10
 CHUNK_GROUPS = 4  # of lines, in a dense format's chunk: 16 bytes of each per thread
 PANEL_WORDS = 12  # of 32 int8 activations: 8 words of codes, scale, sums of each 16 codes, scale times sum
 
@@ -72,7 +72,8 @@ class Reader:
 
     @property
     def chunk_blocks(self) -> int:
-        return CHUNK_BLOCKS
+        whole = WORD * CHUNK_BLOCKS // self.blocks * self.super_words
+        return CHUNK_BLOCKS if whole <= CHUNK_BYTES else CHUNK_BLOCKS // 2
 
 
 @dataclass(frozen=True)
