@@ -17,11 +17,11 @@ from .. import __version__
 from ..ir.errors import HostError, UsageError
 from ..ir.graph import Program
 from ..ir.limits import Limits, kv_tile_bytes, state_bytes, state_fields
-from ..ir.schedule import BUCKETS, Schedule, padded
+from ..ir.ops import ExpertLinear
+from ..ir.schedule import BUCKETS, Schedule, packed_name, padded, part_experts, parts
 from ..ir.table import CacheGroup, cache_groups
+from ..runtime.manifest import SCHEMA
 from .weights import PackedWeight
-
-SCHEMA = 2
 
 
 class ArtifactFolder:
@@ -95,11 +95,25 @@ def cache_entry(group: CacheGroup, limits: Limits) -> dict[str, int]:
 
 
 def step_bytes(program: Program, weights: list[PackedWeight]) -> dict[str, float]:
-    """Bytes a one-row step reads: every weight once, but one row of an embedding that is not the head."""
+    """Bytes a one-row step reads: every weight once, but one row of an embedding that is not the head, and of experts
+    as many as a row has."""
     embedded = {v.name[2:] for v in program.entry.weights if len(v.tensor.shape) == 2}
     head = {v.name[2:] for v in program.exit.weights}
     only_embedded = sum(w.size for w in weights if w.key in embedded - head)
-    return {"weights_per_step": sum(w.size for w in weights) - only_embedded, "weights": sum(w.size for w in weights)}
+    idle = sum(w.size - active_bytes(program, w.key, w.size) for w in weights if w.experts > 1)
+    total = sum(w.size for w in weights)
+    return {"weights_per_step": total - only_embedded - idle, "weights": total}
+
+
+def active_bytes(program: Program, key: str, size: int) -> int:
+    """Of the `size` bytes of a packed weight, those that a row's experts are; all of a weight that is not theirs."""
+    layer, _, name = key.rpartition(".")
+    graph = program.kind(program.layers[int(layer)]) if layer else program.exit
+    for phase in graph.phases:
+        for part in parts(phase) if phase.anchor_kind == "experts" else ():
+            if packed_name(part) == name and isinstance(part[0], ExpertLinear):
+                return size * part[0].k // part_experts(part)
+    return size
 
 
 def manifest(
@@ -114,7 +128,7 @@ def manifest(
     logits = program.logits
     vocab = logits.tensor.width
     one = next(iter(schedules.values()))[BUCKETS[0]]
-    fields = state_fields(limits, vocab, len(groups))
+    fields = state_fields(limits, vocab, len(groups), program.routing)
     return {
         "schema": SCHEMA,
         "onelaunch": __version__,

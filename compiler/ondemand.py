@@ -68,10 +68,12 @@ def open_model(
     context: int | None = None,
     device: str = "auto",
     segments: str = "mega",
+    prefix_cache: bool = True,
     all_slots: bool = False,
 ) -> Model:
     """Load an artifact, or the one compiled from a model now or earlier. One sequence's cache unless `all_slots`."""
-    path, how = find_model(name), {"threads": threads, "device": device, "segments": segments}
+    path = find_model(name)
+    how = {"threads": threads, "device": device, "segments": segments, "prefix_cache": prefix_cache}
     if is_artifact(path):
         return _load(path, all_slots, how)
     if device == "cuda":

@@ -22,7 +22,7 @@ from ..ir.bodies import attend_splits
 from ..ir.graph import Graph, Program
 from ..ir.limits import PAGE_RUN, PAGE_TOKENS, PARTIAL_HEADER, partial_floats
 from ..ir.op import Op
-from ..ir.ops import Append, Attend, Linear
+from ..ir.ops import Append, Attend, MatrixOp
 from ..ir.phases import Phase
 from ..ir.reference import KvCache, RowBatch
 from ..ir.schedule import BUCKETS, Schedule, panel_kind
@@ -41,7 +41,7 @@ from .weights import packed_weights, weight_plan
 
 # Most relative error of a phase by its anchor: an int8 code that rounds the other way costs the matrix behind it up
 # to 2e-3; attention reads queries and probabilities as bf16 when the cache is.
-LIMITS = {"rows": 1e-5, "linear": 5e-3}
+LIMITS = {"rows": 1e-5, "linear": 5e-3, "experts": 5e-3}
 ATTEND_LIMITS = {"bf16": 1e-2, "f32": 1e-4}
 MANY_ROWS = 5  # rows beyond `few_rows` that the second bucket is tried with
 WAITS = [FIELDS.index(name) for name in ("wait0", "wait1", "signal")]
@@ -148,14 +148,16 @@ class Stepper:
         table[last - first, 0] = END
         self.backend.step()
 
-    def value(self, graph: Graph, value: Value) -> np.ndarray:
-        """What the workspace holds of a value, [rows or outputs, width]."""
+    def value(self, graph: Graph, value: Value, known: Mapping[str, Any]) -> np.ndarray:
+        """What the workspace holds of a value, [rows or outputs, .., width]; `known`: weights by name, for sinks."""
         count = self.outputs if value.tensor.shape[0] == OUTPUTS else len(self.tokens)
         buffer = self.schedule.buffer(graph.name, value.name)
         raw = self.memory.workspace[buffer.offset : buffer.offset + count * buffer.row_bytes].view(np.float32)
-        rows = raw.reshape(count, -1)
         op = graph.producer(value)
-        return self._combined(op, rows) if isinstance(op, Attend) else rows[:, : value.tensor.width].copy()
+        if isinstance(op, Attend):
+            return self._combined(op, raw.reshape(count, -1), known[op.sinks.name].numpy() if op.sinks else None)
+        rows = raw.reshape(count, *map(int, value.tensor.shape[1:-1]), -1)
+        return rows[..., : value.tensor.width].copy()
 
     def keys_values(self, kind: CacheType, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """What the cache holds of the rows, both [rows, kv_heads, head_dim]; tiles as codegen's kv_cache.h has them."""
@@ -175,13 +177,16 @@ class Stepper:
         n, d = len(self.tokens), kind.head_dim
         return tuple(x.reshape(-1, kind.kv_heads, k.shape[3] * per)[:n, :, :d].copy() for x in (k, v))  # type: ignore[return-value]
 
-    def _combined(self, op: Attend, rows: np.ndarray) -> np.ndarray:
+    def _combined(self, op: Attend, rows: np.ndarray, sinks: np.ndarray | None) -> np.ndarray:
         """Attention partials divided by their sums; positions are below one split, so each row has one."""
         cache = op.kv.cache
         splits = attend_splits(self.schedule.limits, cache.window, self.schedule.bucket)
         size = partial_floats(cache.head_dim)
         parts = rows.reshape(len(rows), -1, splits, size)[:, :, 0]
-        values = parts[:, :, PARTIAL_HEADER : PARTIAL_HEADER + cache.head_dim] / parts[:, :, 1:2]
+        total = parts[:, :, 1:2]
+        if sinks is not None:  # powers of two, as the scores were
+            total = total + np.exp2(sinks[:, None] / np.log(np.float32(2)) - parts[:, :, :1])
+        values = parts[:, :, PARTIAL_HEADER : PARTIAL_HEADER + cache.head_dim] / total
         return values.reshape(len(rows), -1)
 
     def close(self) -> None:
@@ -249,13 +254,13 @@ class _Comparison:
                 found.append({**place, "value": f"{name}.v", **closeness(v, cache.values[0].numpy())})
                 values[name] = KvCache(torch.from_numpy(k)[None], torch.from_numpy(v)[None], cache.bf16)
             elif name in kept and op.out.tensor.dtype == "f32":
-                got = self.stepper.value(graph, op.out)
+                got = self.stepper.value(graph, op.out, values)
                 found.append({**place, "value": name, **closeness(got, values[name].numpy())})
                 values[name] = torch.from_numpy(got)
         return found
 
     def _operands(self, op: Op, values: Mapping[str, Any]) -> list[Any]:
         found = [values[v.name] for v in op.operands]
-        if isinstance(op, Linear):
+        if isinstance(op, MatrixOp):
             found[0] = rounded(found[0], panel_kind(op.weight), self.bf16_dot)
         return found

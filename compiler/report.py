@@ -8,9 +8,10 @@ from typing import Any
 
 from ..ir.formats import FORMATS
 from ..ir.graph import Graph, Program
-from ..ir.ops import Attend, Linear
+from ..ir.op import Op
+from ..ir.ops import Attend, ExpertLinear, MatrixOp
 from ..ir.phases import Phase
-from ..ir.schedule import Schedule, packed_name, parts
+from ..ir.schedule import Schedule, packed_name, part_experts, parts
 from ..ir.schedule_text import parse_schedule, show_task
 from ..ir.text import parse_program
 from ..runtime.artifact import Artifact
@@ -146,14 +147,19 @@ def phases(artifact: Artifact, gbps: float, depth: int) -> list[Row]:
 def _phase_weights(phase: Phase, sizes: dict[str, int], layer: int) -> int:
     """Bytes a one-row step reads; of a table that is only looked up, one row."""
     prefix = f"{layer}." if layer >= 0 else ""
-    matrices = {prefix + packed_name(part) for part in parts(phase)} if phase.anchor_kind == "linear" else set()
-    taken = {op.operands[1].name for op in phase.anchor if isinstance(op, Linear)}
-    total = sum(sizes.get(key, 0) for key in matrices)
+    total = sum(_active(part, sizes.get(prefix + packed_name(part), 0)) for part in parts(phase) if phase.reads_matrix)
+    taken = {op.weight.name for op in phase.anchor if isinstance(op, MatrixOp)}
     for value in phase.weights:
         if value.name not in taken:
             size, shape = sizes.get(prefix + value.name[2:], 0), value.tensor.shape
             total += size // int(shape[0]) if len(shape) == 2 else size
     return total
+
+
+def _active(part: tuple[Op, ...], size: int) -> int:
+    """Of a packed part's bytes, those of one row's experts."""
+    anchor = part[0]
+    return size * anchor.k // part_experts(part) if isinstance(anchor, ExpertLinear) else size
 
 
 def _seen(phase: Phase, depth: int) -> int:
@@ -170,8 +176,8 @@ def _operations(phase: Phase, depth: int) -> int:
     """Multiplications and additions of the anchors for one row."""
     total = 0
     for op in phase.anchor:
-        if isinstance(op, Linear):
-            total += 2 * prod(int(n) for n in op.operands[1].tensor.shape)
+        if isinstance(op, MatrixOp):
+            total += 2 * _active((op,), prod(int(n) for n in op.weight.tensor.shape))
         elif isinstance(op, Attend):
             total += 4 * op.q.tensor.width * _seen(phase, depth)
     return total

@@ -10,7 +10,7 @@ import torch
 
 from ..ir.graph import Graph, Program
 from ..ir.op import Op
-from ..ir.ops import Linear
+from ..ir.ops import ExpertLinear, Linear, MatrixOp
 from ..ir.schedule import panel_kind
 from ..ir.types import Value
 from ..runtime.manifest import Target
@@ -35,16 +35,28 @@ def rounded(x: torch.Tensor, kind: str, bf16: bool) -> torch.Tensor:
     return (codes * scale).flatten(-2)[..., : x.shape[-1]]
 
 
-class _RoundedLinear(Linear):
-    """`linear` whose reference rounds its activation first."""
+class _Rounded(MatrixOp):
+    """A matrix op whose reference rounds its activation first."""
 
     bf16 = False
 
-    def reference(self, x: Any, weight: Any) -> Any:
-        return super().reference(rounded(x, panel_kind(self.weight), self.bf16), weight)
+    def reference(self, x: Any, *others: Any) -> Any:
+        return super().reference(rounded(x, panel_kind(self.weight), self.bf16), *others)
+
+
+class _RoundedLinear(_Rounded, Linear):
+    pass
+
+
+class _RoundedExperts(_Rounded, ExpertLinear):
+    pass
 
 
 class _RoundedLinearBf16(_RoundedLinear):
+    bf16 = True
+
+
+class _RoundedExpertsBf16(_RoundedExperts):
     bf16 = True
 
 
@@ -53,13 +65,16 @@ def rounded_program(program: Program, formats: Mapping[str, str], bf16: bool) ->
 
     formats: of every weight as it is packed, by `NAME` or `LAYER.NAME`; layers of a kind have equal ones.
     """
-    kind = _RoundedLinearBf16 if bf16 else _RoundedLinear
+    linear, experts = (_RoundedLinearBf16, _RoundedExpertsBf16) if bf16 else (_RoundedLinear, _RoundedExperts)
 
     def change(op: Op, prefix: str) -> Op:
-        if not isinstance(op, Linear):
+        if not isinstance(op, Linear | ExpertLinear):
             return op
         packed = dataclasses.replace(op.weight.tensor, dtype=formats[prefix + op.weight.name[2:]])
-        return kind(op.out, op.x, Value(op.weight.name, packed))
+        weight = Value(op.weight.name, packed)
+        if isinstance(op, Linear):
+            return linear(op.out, op.x, weight)
+        return experts(op.out, op.x, op.gates, weight, op.bias, op.k)
 
     def graph_ops(graph: Graph) -> Graph:
         layers = program.kind_layers(graph.name)

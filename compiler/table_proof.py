@@ -1,7 +1,8 @@
 """What a task table proves about a step: how often workers meet, and that every weight is read exactly once.
 
 Both are read from the integers the kernel reads, not from the passes that made them. Padding of a unit to whole
-tiles is read with it. Vectors and looked-up tables are left out: every worker may read those.
+tiles is read with it; of experts, all count as active. Vectors and looked-up tables are left out: every worker may
+read those.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from ..ir.bodies import all_bodies, part_of
 from ..ir.limits import ALIGN
-from ..ir.schedule import Schedule, packed_name, part_units, parts, unit_bytes
+from ..ir.schedule import Schedule, packed_name, part_experts, part_units, parts, unit_bytes
 from ..ir.table import ARGS, END, FIELDS, Body, WeightPlan
 
 Bodies = Mapping[tuple[str, str, str], Body]
@@ -67,12 +68,15 @@ def reading_faults(schedule: Schedule, table: np.ndarray, bodies: Bodies, plan: 
 
 
 def _matrices(schedule: Schedule, plan: WeightPlan) -> Iterator[tuple[str, int, int, int]]:
-    """(key, first byte, end, bytes of a unit) of every matrix of the step."""
+    """(key, first byte, end, bytes of a unit) of every matrix of the step; of each expert."""
     for graph, layer in schedule.program.sections():
         for phase in graph.phases:
-            for part in parts(phase) if phase.anchor_kind == "linear" else ():
+            for part in parts(phase) if phase.reads_matrix else ():
                 start, size = plan.offset(packed_name(part), layer), unit_bytes(phase, part)
-                yield packed_name(part), start, start + part_units(phase, part) * size, size
+                whole = part_units(phase, part) * size
+                for expert in range(part_experts(part)):
+                    at = start + expert * whole
+                    yield packed_name(part), at, at + whole, size
 
 
 def _reads(schedule: Schedule, table: np.ndarray, bodies: Bodies, plan: WeightPlan) -> Iterator[tuple[int, int]]:
@@ -81,18 +85,28 @@ def _reads(schedule: Schedule, table: np.ndarray, bodies: Bodies, plan: WeightPl
     sizes = {start: size for _, start, _, size in _matrices(schedule, plan)}
     for record in table[table[:, :, AT["body"]] != END].tolist():
         if record[0] in words:
-            start = record[ARGS + words[record[0]]] * ALIGN
+            word, units, experts = words[record[0]]
+            start = record[ARGS + word] * ALIGN
             size = sizes.get(start, 0)  # of a matrix that is none nothing is read, so bytes are missed elsewhere
-            yield start + record[AT["first"]] * size, start + record[AT["last"]] * size
+            for first, last in _tiles(record, units, experts):
+                yield start + first * size, start + last * size
 
 
-def _weight_words(schedule: Schedule, bodies: Bodies) -> dict[int, int]:
-    """Code of a body that reads a matrix -> which argument is the matrix's offset."""
-    found: dict[int, int] = {}
+def _tiles(record: list[int], units: int, experts: int) -> Iterator[tuple[int, int]]:
+    """Ranges of units that a record reads, counted through all experts."""
+    first, last, step = (record[AT[name]] for name in ("first", "last", "step"))
+    if last < 0:  # a drain over (expert, unit)
+        yield from ((tile, tile + 1) for tile in range(first, experts * units, step))
+    else:
+        yield from ((expert * units + first, expert * units + last) for expert in range(experts))
+
+
+def _weight_words(schedule: Schedule, bodies: Bodies) -> dict[int, tuple[int, int, int]]:
+    """Code of a body that reads a matrix -> which argument is the matrix's offset, its units, its experts."""
+    found: dict[int, tuple[int, int, int]] = {}
     for graph, phase, name in all_bodies(schedule.program):
-        if phase.anchor_kind == "linear" and not name.startswith("pack."):
+        if phase.reads_matrix and not name.startswith("pack."):
             part, body = part_of(phase, name), bodies[graph.name, phase.name, name]
-            found[body.code] = next(
-                i for i, a in enumerate(body.args) if (a.kind, a.name) == ("weight", packed_name(part))
-            )
+            word = next(i for i, a in enumerate(body.args) if (a.kind, a.name) == ("weight", packed_name(part)))
+            found[body.code] = word, part_units(phase, part), part_experts(part)
     return found

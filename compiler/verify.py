@@ -103,7 +103,7 @@ class ReferenceWeights(Mapping[str, torch.Tensor]):
         if len(source.shape) == 1:
             return torch.from_numpy(read_vector(source, self.imported))
         rows = read_rows(source, self.imported, name)
-        return torch.from_numpy(decode(FORMATS[name], rows, source.shape[1]))
+        return torch.from_numpy(decode(FORMATS[name], rows, source.shape[-1]).reshape(source.shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.imported.sources)

@@ -11,17 +11,18 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from ..codegen.cpu.pack import pack
 from ..ir.errors import LoadError, expect
-from ..ir.formats import FORMATS, Format, decode, packed_bytes, quantize
+from ..ir.formats import FORMATS, Format, decode, e8m0, packed_bytes, quantize
 from ..ir.graph import Graph, Program
 from ..ir.limits import ALIGN
 from ..ir.ops import Embed
-from ..ir.schedule import packed_name, padded, part_bytes, parts, unit_rows
+from ..ir.schedule import packed_name, padded, part_bytes, part_weight, parts, unit_rows
 from ..ir.table import WeightPlan
 from ..ir.types import TensorType
 from ..models.importer import Imported, WeightSource
@@ -33,7 +34,8 @@ VECTOR_PAD = 64  # bytes after a vector, so that 16-lane loads of its end stay i
 class PackedWeight:
     """One entry of the weight file: the matrices it is made of, its layout, and its size in bytes.
 
-    `unit` output rows are padded to `unit_rows` packed ones; two matrices are interleaved by `unit` rows.
+    `unit` output rows are padded to `unit_rows` packed ones; two matrices are interleaved by `unit` rows. Those of
+    experts follow one another, expert by expert.
     """
 
     key: str
@@ -42,6 +44,11 @@ class PackedWeight:
     unit: int
     unit_rows: int
     size: int
+
+    @property
+    def experts(self) -> int:
+        """Matrices that follow one another."""
+        return int(self.type.shape[0]) if len(self.type.shape) == 3 else 1
 
     @property
     def is_vector(self) -> bool:
@@ -67,13 +74,13 @@ def packed_weights(program: Program) -> list[PackedWeight]:
 def _graph_weights(graph: Graph, prefix: str) -> Iterator[PackedWeight]:
     for phase in graph.phases:
         matrices = set()
-        for part in parts(phase) if phase.anchor_kind == "linear" else ():
-            names = tuple(op.operands[1].name for op in part)
+        for part in parts(phase) if phase.reads_matrix else ():
+            names = tuple(part_weight((op,)).name for op in part)
             matrices |= set(names)
             yield PackedWeight(
                 prefix + packed_name(part),
                 tuple(prefix + n[2:] for n in names),
-                part[0].operands[1].tensor,
+                part_weight(part).tensor,
                 phase.unit,
                 unit_rows(phase, part),
                 part_bytes(phase, part),
@@ -110,7 +117,7 @@ def read_vector(source: WeightSource, imported: Imported) -> np.ndarray:
     """A one-dimensional weight as float32, changes applied."""
     if source.constant is not None:
         return source.constant.astype(np.float32)
-    x = imported.checkpoint.read(source.tensor).astype(np.float32).reshape(-1)
+    x = imported.checkpoint.read(source.tensors[0]).astype(np.float32).reshape(-1)
     for name, amount in source.changes:
         expect(name == "plus", f"weight change `{name}` does not apply to a vector")
         x = x + np.float32(amount)
@@ -118,16 +125,24 @@ def read_vector(source: WeightSource, imported: Imported) -> np.ndarray:
 
 
 def read_rows(source: WeightSource, imported: Imported, to: str) -> np.ndarray:
-    """A matrix as the disk rows of format `to`: u8 [N, row_bytes]. Rounds only if the formats differ."""
-    raw = imported.checkpoint.read(source.tensor)
-    n, k = source.shape
-    raw = np.ascontiguousarray(raw).reshape(n, -1).view(np.uint8)
-    _refuse_nan(raw, FORMATS[source.format], source.tensor, k)
+    """A matrix, or those of all experts, as the disk rows of format `to`: u8 [N, row_bytes]. Rounds only if the
+    formats differ."""
+    n, k = prod(source.shape[:-1]), source.shape[-1]
+    each = [_tensor_rows(source, imported, name) for name in source.tensors]
+    raw = np.concatenate(each) if len(each) > 1 else each[0]
     for name, amount in source.changes:
         expect(name == "unpermute", f"weight change `{name}` does not apply to a matrix")
         raw = _unpermute(raw, int(amount))
     if to != source.format:
         raw = quantize(FORMATS[to], decode(FORMATS[source.format], raw, k)).reshape(n, -1).view(np.uint8)
+    return raw
+
+
+def _tensor_rows(source: WeightSource, imported: Imported, name: str) -> np.ndarray:
+    """The disk rows of one tensor, u8 [rows, row_bytes]."""
+    k, fmt = source.shape[-1], FORMATS[source.format]
+    raw = np.ascontiguousarray(imported.checkpoint.read(name)).view(np.uint8).reshape(-1, fmt.row_bytes(k))
+    _refuse_nan(raw, fmt, name, k)
     return raw
 
 
@@ -140,8 +155,9 @@ def _refuse_nan(raw: np.ndarray, fmt: Format, tensor: str, k: int) -> None:
     if fmt.dense:
         fine = bool(np.isfinite(raw.view(fmt.record).astype(np.float32, copy=False)).all())
     else:
-        records = raw.view(fmt.record)
-        fine = all(np.isfinite(records[f]).all() for f in ("d", "m") if f in (fmt.record.names or ()))
+        records, names = raw.view(fmt.record), fmt.record.names or ()
+        scales = [e8m0(records["d"])] if fmt.scale == "e8m0" else [records[f] for f in ("d", "m") if f in names]
+        fine = all(np.isfinite(x).all() for x in scales)
     if not fine:
         raise LoadError(
             f"tensor `{tensor}` holds values that are not finite",
@@ -165,17 +181,20 @@ def pack_one(weight: PackedWeight, imported: Imported) -> np.ndarray:
 
 
 def _arrange(matrices: list[np.ndarray], weight: PackedWeight) -> np.ndarray:
-    """Rows in packed order: each unit of every matrix side by side, padded to whole tiles."""
-    n, width = matrices[0].shape
+    """Rows in packed order: each unit of every matrix side by side, padded to whole tiles, expert by expert."""
+    rows, width = matrices[0].shape
+    experts = weight.experts
+    n = rows // experts
     units = -(-n // weight.unit)
-    if len(matrices) == 1 and weight.unit == weight.unit_rows:
+    if len(matrices) == 1 and weight.unit == weight.unit_rows and (experts == 1 or n % weight.unit == 0):
         return matrices[0]
-    out = np.zeros((units, weight.unit_rows, width), np.uint8)
+    out = np.zeros((experts, units, weight.unit_rows, width), np.uint8)
     for i, matrix in enumerate(matrices):
-        padded_rows = np.zeros((units * weight.unit, width), np.uint8)
-        padded_rows[:n] = matrix
-        out[:, i * weight.unit : (i + 1) * weight.unit] = padded_rows.reshape(units, weight.unit, width)
-    return out.reshape(units * weight.unit_rows, width)
+        padded_rows = np.zeros((experts, units * weight.unit, width), np.uint8)
+        padded_rows[:, :n] = matrix.reshape(experts, n, width)
+        place = slice(i * weight.unit, (i + 1) * weight.unit)
+        out[:, :, place] = padded_rows.reshape(experts, units, weight.unit, width)
+    return out.reshape(-1, width)
 
 
 def write_weights(

@@ -4,11 +4,12 @@ An access names a value, the part of it that is touched, and whether it is writt
 
     columns lo..hi   these columns of every row (a matrix part's tiles)
     rows first/step  rows first, first + step, ... (a drain; two drains of one step never meet)
-    tiles first/step tiles of an attention drain: (row group, head, split) triples
+    tiles first/step tiles of a drain: (row group, head, split) of attention, (active expert, unit) of experts
     all              everything
 
 Besides a graph's own values there are panels, `VALUE.max` (the largest of each 32 logits), `kv.k` and `kv.v` (the
-layer's cache) and `state`: the rows and slots, which every task reads and commit overwrites.
+layer's cache) and `state`: the rows and slots, which every task reads and commit overwrites. Which
+experts a layer's rows have is noted in the step state by one task per layer, for the host alone: no access.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 
 from .graph import Graph
 from .op import Op
-from .ops import Append, Select
+from .ops import Append, Combine, Select
 from .phases import Phase
-from .schedule import Task, panel_kind, part_name, parts, phase_of
+from .schedule import Task, panel_kind, part_name, part_weight, parts, phase_of
 from .types import CacheType, TensorType, Value
 
 
@@ -64,9 +65,9 @@ def accesses(graph: Graph, task: Task) -> tuple[Access, ...]:
 def _values(graph: Graph, phase: Phase, task: Task) -> tuple[Access, ...]:
     if task.body.startswith("pack."):
         return _pack(phase, task)
-    if phase.anchor_kind == "linear":
+    if phase.reads_matrix:
         part = next(p for p in parts(phase) if part_name(p) == task.body)
-        return _linear(graph, phase, part, task)
+        return _matrix(graph, phase, part, task)
     if phase.anchor_kind == "sample":
         return _sample(phase, task)
     kind = {"attend": "tiles", "commit": "all"}.get(phase.anchor_kind, "rows")
@@ -88,10 +89,12 @@ def _pack(phase: Phase, task: Task) -> tuple[Access, ...]:
     return (*(Access(v, ALL, False) for v in sorted(read)), Access(panel, part, True))
 
 
-def _linear(graph: Graph, phase: Phase, part: tuple[Op, ...], task: Task) -> tuple[Access, ...]:
-    weight = part[0].operands[1]
-    found = [Access(panel_value(phase.name, panel_kind(weight)), ALL, False)]
+def _matrix(graph: Graph, phase: Phase, part: tuple[Op, ...], task: Task) -> tuple[Access, ...]:
+    found = [Access(panel_value(phase.name, panel_kind(part_weight(part))), ALL, False)]
+    found += [Access(v.name, ALL, False) for v in dict.fromkeys(part[0].operands[1:]) if _is_data(v)]  # gates
     columns = Region("columns", task.first * phase.unit, task.last * phase.unit)
+    if phase.is_drain:
+        columns = Region("tiles", task.first, task.step)
     made = {op.out.name for op in (*phase.anchor, *phase.epilogue)}
     chain = [op for anchor in part for op in phase.epilogue_of(anchor)]
     for op in dict.fromkeys(chain):
@@ -149,9 +152,10 @@ def _whole_rows(phase: Phase, region: Region) -> tuple[Access, ...]:
 
 
 def stored(graph: Graph, phase: Phase) -> set[str]:
-    """Values of a phase that another phase or section reads, so they must be in memory."""
+    """Values of a phase that must be in memory: another phase or section reads them, or they are sums over a row's
+    experts, which grow from one expert to the next."""
     made = {op.out.name: op.out.type for op in phase.ops}
-    needed = {r.name for r in graph.results}
+    needed = {r.name for r in graph.results} | {op.out.name for op in phase.ops if isinstance(op, Combine)}
     for op in graph.ops:
         if op.out.name not in made:
             needed |= {v.name for v in op.operands}

@@ -15,18 +15,34 @@ from .limits import SPLIT_TOKENS, Limits
 from .op import Op
 from .ops import Append, Attend
 from .phases import Phase
-from .schedule import packed_name, padded, panel_kind, panel_kinds, part_name, parts, unit_rows
+from .schedule import (
+    packed_name,
+    padded,
+    panel_kind,
+    panel_kinds,
+    panel_row_bytes,
+    part_name,
+    part_weight,
+    parts,
+    unit_rows,
+)
 from .table import Arg, CacheGroup
 from .types import TensorType, Value
 
 Args = dict[str, Arg]
 UNIT_ROWS = 16  # rows whose whole heads a worker holds at a time
+GATHER_ROWS = 32  # rows of one expert that a worker holds at a time
 SCRATCH = "sample.scratch"  # each worker's own memory while it samples
 
 
 def unit_value(part: tuple[Op, ...]) -> str:
     """The memory in which a worker holds one head of UNIT_ROWS rows between a matrix and its epilogue."""
     return f"{part_name(part)}.unit"
+
+
+def gather_value(part: tuple[Op, ...]) -> str:
+    """The memory in which a worker puts the panel rows of one expert beside each other."""
+    return f"{part_name(part)}.gather"
 
 
 def sample_scratch_bytes(vocab: int) -> int:
@@ -38,9 +54,15 @@ def worker_memory(phase: Phase, body: str) -> dict[str, int]:
     """Memory each worker has to itself while it runs a body: name to bytes."""
     if phase.anchor_kind == "sample":
         return {SCRATCH: sample_scratch_bytes(phase.anchor[0].operands[0].tensor.width)}
-    if phase.layout == "heads" and not body.startswith("pack."):
+    if body.startswith("pack."):
+        return {}
+    if phase.layout == "heads":
         part = part_of(phase, body)
         return {unit_value(part): 4 * UNIT_ROWS * unit_rows(phase, part)}
+    if phase.anchor_kind == "experts":
+        part = part_of(phase, body)
+        weight = part_weight(part)
+        return {gather_value(part): GATHER_ROWS * panel_row_bytes(panel_kind(weight), weight.tensor.width)}
     return {}
 
 
@@ -54,7 +76,7 @@ def attend_splits(limits: Limits, window: int, bucket: str) -> int:
 
 def body_names(phase: Phase) -> tuple[str, ...]:
     """The bodies of a phase in the order they run."""
-    if phase.anchor_kind != "linear":
+    if not phase.reads_matrix:
         return (phase.anchor_kind,)
     packs = tuple(f"pack.{kind}" for kind in panel_kinds(phase))
     return packs + tuple(part_name(p) for p in parts(phase))
@@ -86,8 +108,8 @@ class BodyArgs:
     def of(self, graph: Graph, phase: Phase, body: str) -> Args:
         if body.startswith("pack."):
             return self._pack(graph, phase, body)
-        if phase.anchor_kind == "linear":
-            return self._linear(graph, phase, part_of(phase, body))
+        if phase.reads_matrix:
+            return self._matrix(graph, phase, part_of(phase, body))
         if phase.anchor_kind == "attend":
             return self._attend(phase)
         if phase.anchor_kind == "sample":
@@ -108,11 +130,13 @@ class BodyArgs:
             if isinstance(producer, Attend):
                 found["splits"] = Arg("number", number=self.splits(producer))
                 found["window"] = Arg("number", number=producer.kv.cache.window)
+                if producer.sinks is not None:
+                    found |= _operand(producer.sinks)
         panel = panel_value(phase.name, body.removeprefix("pack."))
         return found | {"panel": Arg("value", panel)}
 
-    def _linear(self, graph: Graph, phase: Phase, part: tuple[Op, ...]) -> Args:
-        weight = part[0].operands[1]
+    def _matrix(self, graph: Graph, phase: Phase, part: tuple[Op, ...]) -> Args:
+        weight = part_weight(part)
         found: Args = {
             "weight": Arg("weight", packed_name(part)),
             "panel": Arg("value", panel_value(phase.name, panel_kind(weight))),
@@ -121,6 +145,13 @@ class BodyArgs:
         }
         if phase.layout == "heads":
             found["unit"] = Arg("value", unit_value(part))
+        if phase.anchor_kind == "experts":
+            found["gather"] = Arg("value", gather_value(part))
+        if phase.is_drain:
+            found["layer"] = Arg("layer")
+        matrices = {part_weight((op,)) for op in part}
+        for value in (v for op in part for v in op.operands[1:] if v not in matrices):  # gates, biases
+            found |= _operand(value)
         ops = part_epilogue(phase, part)
         made = {op.out.name for op in phase.ops}
         found |= {n: a for n, a in _operands(ops).items() if n not in made}

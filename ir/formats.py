@@ -5,6 +5,7 @@ record type. Every quantised format is one sentence, which `dequantize` spells o
 
     weight = scale * (code - zero) [+ min]
 
+A format with a `table` has other numbers in its codes' places, halved: E2M1 is `scale / 2 * table[code]`.
 `planes` splits a row into unsigned codes and scales without losing anything; packing starts from those.
 To add a format: one entry in FORMATS with its record type and a function from records to codes.
 """
@@ -19,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import expect
+from .quantizers import QUANTIZERS
 
 Array = np.ndarray
 
@@ -32,7 +34,8 @@ class Format:
 
     record:  numpy type of one disk block; fields d, m (f16), scales, qs, qh as the format has them
     block:   weights that share a scale: 16, 32, or 1 for dense
-    scale:   "none" | "f16" (one per block) | "super" (an integer per block times one f16 per 256)
+    scale:   "none" | "f16" (one per block) | "super" (an integer per block times one f16 per 256) |
+             "e8m0" (one byte e per block: 2^(e - 127))
     """
 
     name: str
@@ -45,6 +48,7 @@ class Format:
     scale: str = "none"
     has_min: bool = False
     codes: Callable[[Array], Array] | None = None
+    table: tuple[int, ...] = ()
 
     @property
     def dense(self) -> bool:
@@ -59,17 +63,22 @@ class Format:
     def packed_block_bytes(self) -> int:
         """Bytes of a packed block of 32 rows x 32 k: codes, then scales and mins."""
         codes = TILE_ROWS * BLOCK_K * self.bits // 8
-        return codes + {"none": 0, "f16": 64 * (1 + self.has_min), "super": 64}[self.scale]
+        return codes + {"none": 0, "f16": 64 * (1 + self.has_min), "super": 64, "e8m0": 0}[self.scale]
+
+    @property
+    def packed_blocks(self) -> int:
+        """Packed blocks that share a tail: a superblock, or as many as fill a line with their scales."""
+        return {"super": 8, "e8m0": 2}.get(self.scale, 1)
 
     @property
     def packed_tail_bytes(self) -> int:
-        """Bytes that follow each 8 packed blocks: the f16 scales of a superblock."""
-        return 64 * (1 + self.has_min) if self.scale == "super" else 0
+        """Bytes that follow `packed_blocks` blocks: the f16 scales of a superblock, or the bytes of two blocks."""
+        return {"super": 64 * (1 + self.has_min), "e8m0": 64}.get(self.scale, 0)
 
     @property
     def packed_bits(self) -> float:
         """Bits per weight when packed."""
-        return 8 * (self.packed_block_bytes + self.packed_tail_bytes / 8) / (TILE_ROWS * BLOCK_K)
+        return 8 * (self.packed_block_bytes + self.packed_tail_bytes / self.packed_blocks) / (TILE_ROWS * BLOCK_K)
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of k weights on disk."""
@@ -86,7 +95,7 @@ class Planes:
     """A quantised matrix, losslessly: unsigned codes and scales. `B` = K / block, `S` = K / disk_block."""
 
     codes: Array  # u8 [N, K]
-    d: Array  # f16 [N, S]
+    d: Array  # f16 [N, S], u8 of "e8m0"
     m: Array | None = None  # f16 [N, S]: the min itself, or what multiplies sub_m (and is subtracted)
     sub_d: Array | None = None  # u8 or i8 [N, B]
     sub_m: Array | None = None  # u8 [N, B]
@@ -117,10 +126,14 @@ def planes(fmt: Format, raw: Array, k: int) -> Planes:
 def dequantize(fmt: Format, p: Planes) -> Array:
     """f32 [N, K]. The order of the roundings is llama.cpp's, so the bits are too."""
     n, k = p.codes.shape
-    scale = p.d.astype(np.float32)  # [N, S]
+    scale = e8m0(p.d) if fmt.scale == "e8m0" else p.d.astype(np.float32)  # [N, S]
     if p.sub_d is not None:
         scale = _each(scale, p.sub_d) * p.sub_d.astype(np.float32)
-    values = p.codes.reshape(n, -1, fmt.block).astype(np.float32) - np.float32(fmt.zero)
+    codes = p.codes.reshape(n, -1, fmt.block)
+    if fmt.table:
+        values = np.array(fmt.table, np.float32)[codes] / np.float32(2)
+    else:
+        values = codes.astype(np.float32) - np.float32(fmt.zero)
     values *= scale[:, :, None]
     if p.m is not None:
         low = p.m.astype(np.float32)
@@ -130,19 +143,24 @@ def dequantize(fmt: Format, p: Planes) -> Array:
     return values.reshape(n, k)
 
 
+def e8m0(exponents: Array) -> Array:
+    """Powers of two 2^(e - 127) of bytes e, f32; 255 is not-a-number."""
+    powers = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
+    return np.where(exponents == 255, np.float32(np.nan), powers)
+
+
 def quantize(fmt: Format, x: Array) -> Array:
     """f32 [N, K] to disk bytes u8 [N, row_bytes], nearest; q4_0 and q8_0 as llama.cpp's reference does."""
     n, k = x.shape
     if fmt.dense:
         return np.ascontiguousarray(x.astype(fmt.record)).view(np.uint8).reshape(n, fmt.row_bytes(k))
-    quantizers = {"q4_0": _quantize_q4_0, "q8_0": _quantize_q8_0}
-    known = ", ".join(f"`{name}`" for name in quantizers)
-    expect(fmt.name in quantizers, f"cannot quantize to `{fmt.name}`", hint=f"use {known} or a dense format")
+    known = ", ".join(f"`{name}`" for name in QUANTIZERS)
+    expect(fmt.name in QUANTIZERS, f"cannot quantize to `{fmt.name}`", hint=f"use {known} or a dense format")
     out = np.empty((n, fmt.row_bytes(k)), np.uint8)
     step = max(1, (1 << 20) // k)  # rows at a time, to bound the temporaries
     for start in range(0, n, step):
         rows = np.ascontiguousarray(x[start : start + step], np.float32)
-        records = quantizers[fmt.name](rows.reshape(-1, fmt.disk_block), fmt.record)
+        records = QUANTIZERS[fmt.name](rows.reshape(-1, fmt.disk_block), fmt.record)
         out[start : start + step] = records.view(np.uint8).reshape(len(rows), -1)
     return out
 
@@ -151,7 +169,12 @@ def packed_bytes(fmt: Format, n: int, k: int) -> int:
     """Bytes of a packed [N, K] matrix (layout: codegen/cpu/pack.py)."""
     fmt.row_bytes(k)
     blocks = -(-k // BLOCK_K)
-    tile = blocks * fmt.packed_block_bytes + blocks // 8 * fmt.packed_tail_bytes
+    expect(
+        blocks % fmt.packed_blocks == 0,
+        f"{fmt.name}: expected K to be a multiple of {BLOCK_K * fmt.packed_blocks}, got {k}",
+        hint="keep this matrix in `f16` or `bf16`",
+    )
+    tile = blocks * fmt.packed_block_bytes + blocks // fmt.packed_blocks * fmt.packed_tail_bytes
     return -(-n // TILE_ROWS) * tile
 
 
@@ -217,34 +240,6 @@ def _six_bit_scales(packed: Array) -> tuple[Array, Array]:
     return scales, mins
 
 
-def _inverse(d: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        return np.where(d == 0, np.float32(0), np.float32(1) / d)
-
-
-def _quantize_q4_0(x: Array, record: np.dtype) -> Array:
-    """d = (the value of largest magnitude, with its sign) / -8: that value becomes code 0."""
-    peak = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
-    d = peak / np.float32(-8)
-    q = np.trunc(x * _inverse(d) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-    out = np.empty(len(x), record)
-    out["d"] = d[:, 0]
-    out["qs"] = q[:, :16] | q[:, 16:] << 4
-    return out
-
-
-def _quantize_q8_0(x: Array, record: np.dtype) -> Array:
-    """d = largest magnitude / 127, codes rounded half away from zero."""
-    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    scaled = x * _inverse(d)
-    whole = np.trunc(scaled)
-    q = whole + np.trunc(np.float32(2) * (scaled - whole))
-    out = np.empty(len(x), record)
-    out["d"] = d[:, 0]
-    out["qs"] = q.astype(np.int8).view(np.uint8)
-    return out
-
-
 def _dense(name: str, gguf: int, dtype: type) -> Format:
     return Format(name, gguf, 8 * np.dtype(dtype).itemsize, np.dtype(dtype))
 
@@ -276,6 +271,9 @@ def _bytes(field: str, count: int) -> tuple[str, str, int]:
     return field, "u1", count
 
 
+# E2M1: a sign, two bits of exponent, one of fraction. Minus zero is zero.
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_MXFP4 = np.dtype([("d", "u1"), _bytes("qs", 16)])
 _Q6_K = [_bytes("qs", 128), _bytes("qh", 64), ("scales", "i1", 16), _D]
 
 FORMATS: dict[str, Format] = {
@@ -291,5 +289,6 @@ FORMATS: dict[str, Format] = {
         _quant("q4_k", 12, 4, 0, _codes_q4_k, [_D, _M, _SCALES, _bytes("qs", 128)]),
         _quant("q5_k", 13, 5, 0, _codes_q5_k, [_D, _M, _SCALES, _bytes("qh", 32), _bytes("qs", 128)]),
         _quant("q6_k", 14, 6, 32, _codes_q6_k, _Q6_K, block=16),
+        Format("mxfp4", 39, 4, _MXFP4, 32, 32, scale="e8m0", codes=_codes_4, table=_E2M1),
     )
 }

@@ -133,6 +133,13 @@ class Program:
         """What the exit samples from: [L, vocab]."""
         return next(op.operands[0] for op in self.exit.ops if op.name == "sample")
 
+    @property
+    def routing(self) -> tuple[int, int]:
+        """Layers, and experts of a row in a layer; (0, 0) without experts."""
+        found = {op.attributes["k"] for g in self.kinds for op in g.ops if op.name == "expert_linear"}
+        expect(len(found) < 2, f"expected one number of experts per row in all layers, got {sorted(found)}")
+        return (len(self.layers), found.pop()) if found else (0, 0)
+
     def kind_layers(self, name: str) -> tuple[int, ...]:
         """Indices of the layers of one kind, in order."""
         return tuple(i for i, kind in enumerate(self.layers) if kind == name)

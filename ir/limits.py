@@ -95,8 +95,12 @@ class Field:
         return sizes[self.dtype] * prod(self.shape)
 
 
-def state_fields(limits: Limits, vocab: int, cache_groups: int) -> tuple[Field, ...]:
+def state_fields(
+    limits: Limits, vocab: int, cache_groups: int, routing: tuple[int, int] = (0, 0)
+) -> tuple[Field, ...]:
     """The step state in order, each field aligned to 64 bytes.
+
+    `routing`: layers and experts of a row, of a mixture of experts; `routing[l, r]` has row r's, -1 beyond them.
 
     Rows: `row_*[i]` for i < n_rows; `row_output[i]` is the row's index among the outputs or -1.
     Outputs: `output_row[j]` for j < n_outputs. Slots: lengths, sampling, stop set, result ring.
@@ -128,6 +132,8 @@ def state_fields(limits: Limits, vocab: int, cache_groups: int) -> tuple[Field, 
         ("slot_tokens", "int32", (*slots, limits.context)),  # ring of committed tokens, by count
         ("pages", "int32", (cache_groups, *slots, limits.pages)),
     ]
+    if routing[0]:
+        shapes.append(("routing", "int32", (routing[0], limits.rows, routing[1])))
     fields, offset = [], 0
     for name, dtype, shape in shapes:
         fields.append(Field(name, dtype, shape, offset))

@@ -1,21 +1,23 @@
 """What an op is: a frozen class with operands, attributes, `infer` and `reference`.
 
-Fields typed `Value` are operands, the others are attributes. `@op` registers the class under its
-snake_case name. `infer` gives the result type and is the verifier; `reference` is the meaning, in plain
-torch float32; the `example:` of the docstring is parsed, inferred and evaluated by the tests.
+Fields typed `Value` are operands, those typed `Value | None` too, but may be left out; the others are attributes.
+`@op` registers the class under its snake_case name. `infer` gives the result type and is the verifier; `reference`
+is the meaning, in plain torch float32; the `example:` of the docstring is parsed, inferred and evaluated by the tests.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, dataclass_transform
 
-from .errors import Span
+from .errors import Span, expect
 from .types import Type, Value
 
 OPS: dict[str, type[Op]] = {}
+OPERANDS = ("Value", "Value | None")  # annotations of operands: needed, and not
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,27 @@ class Op:
 
     @classmethod
     def operand_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in _own_fields(cls) if f.type == "Value")
+        return tuple(f.name for f in _own_fields(cls) if f.type in OPERANDS)
 
     @classmethod
     def attribute_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in _own_fields(cls) if f.type != "Value")
+        return tuple(f.name for f in _own_fields(cls) if f.type not in OPERANDS)
+
+    @classmethod
+    def named(cls, operands: Sequence[Value]) -> dict[str, Value]:
+        """Operands in order by name; CompileError if there are too few or too many."""
+        names = cls.operand_names()
+        needed = sum(f.type == OPERANDS[0] for f in _own_fields(cls))
+        expect(
+            needed <= len(operands) <= len(names),
+            f"{cls.name}: expected {len(names)} operands ({', '.join(names)}), got {len(operands)}",
+        )
+        return dict(zip(names, operands, strict=False))
 
     @property
     def operands(self) -> tuple[Value, ...]:
-        return tuple(getattr(self, name) for name in self.operand_names())
+        found = (getattr(self, name) for name in self.operand_names())
+        return tuple(value for value in found if value is not None)
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -50,8 +64,8 @@ class Op:
 
     def with_operands(self, replace: dict[str, Value]) -> Op:
         """The same op with operands renamed: `replace` maps value names to values."""
-        changed: dict[str, Any] = {n: replace[getattr(self, n).name] for n in self.operand_names()
-                   if getattr(self, n).name in replace}
+        given = {n: getattr(self, n) for n in self.operand_names()}
+        changed: dict[str, Any] = {n: replace[v.name] for n, v in given.items() if v is not None and v.name in replace}
         return dataclasses.replace(self, **changed) if changed else self
 
     def __str__(self) -> str:

@@ -13,7 +13,8 @@ from .errors import expect
 from .op import Op
 from .types import CacheType, Value
 
-ANCHORS = ("rows", "linear", "attend", "sample", "commit")
+ANCHORS = ("rows", "linear", "experts", "attend", "sample", "commit")
+MATRIX = ("linear", "experts")  # anchors that multiply packed weights with an activation panel
 LAYOUTS = ("plain", "heads", "pairs")
 
 
@@ -21,7 +22,7 @@ LAYOUTS = ("plain", "heads", "pairs")
 class Phase:
     """One fused group.
 
-    `layout` says how a `linear` phase cuts its outputs: `plain` tiles of 32, `heads` one unit per attention
+    `layout` says how a phase with matrices cuts its outputs: `plain` tiles of 32, `heads` one unit per attention
     head, `pairs` 16 outputs of one matrix beside the same 16 of another (gate and up).
     `unit` is the output rows of one tile (set by the tile pass; 0 before).
     """
@@ -33,6 +34,18 @@ class Phase:
     epilogue: tuple[Op, ...]
     layout: str = "plain"
     unit: int = 0
+
+    @property
+    def reads_matrix(self) -> bool:
+        return self.anchor_kind in MATRIX
+
+    @property
+    def is_drain(self) -> bool:
+        """Whether its tiles are those of active experts, counted when the step runs.
+
+        Where the epilogue sums over a row's experts, a tile is columns of the sum, of all its experts.
+        """
+        return self.anchor_kind == "experts" and all(op.name != "combine" for op in self.epilogue)
 
     @property
     def ops(self) -> tuple[Op, ...]:

@@ -16,7 +16,17 @@ from .graph import Graph
 from .limits import ALIGN, partial_floats
 from .ops import Attend
 from .phases import Phase
-from .schedule import Buffer, Schedule, Task, padded, panel_kinds, panel_row_bytes, phase_of
+from .schedule import (
+    Buffer,
+    Schedule,
+    Task,
+    padded,
+    panel_kinds,
+    panel_row_bytes,
+    panel_rows,
+    phase_of,
+    value_floats,
+)
 from .types import OUTPUTS, TensorType, Value
 
 OUTSIDE = 1 << 40  # addresses from here on are caches and step state, which no buffer holds
@@ -69,7 +79,7 @@ def _rows(schedule: Schedule, value: Value) -> int:
 
 
 def _activation(schedule: Schedule, value: Value, private: bool | None) -> Need:
-    return Need(4 * padded(value.tensor.width), _rows(schedule, value), private)
+    return Need(4 * value_floats(value), _rows(schedule, value), private)
 
 
 def _result(schedule: Schedule, graph: Graph, value: Value, private: bool | None) -> Need:
@@ -85,9 +95,9 @@ def _extra(schedule: Schedule, phase: Phase) -> dict[str, Need]:
     """Values no op names: panels, maxima of logits, each worker's own memory."""
     own = [worker_memory(phase, body) for body in body_names(phase)]
     found = {name: Need(size, 1, True) for memory in own for name, size in memory.items()}
-    if phase.anchor_kind == "linear":
+    if phase.reads_matrix:
         x = phase.anchor[0].operands[0]
-        rows = _rows(schedule, x)
+        rows = _rows(schedule, x) * panel_rows(x)
         kinds = panel_kinds(phase)
         found |= {panel_value(phase.name, k): Need(panel_row_bytes(k, x.tensor.width), rows, None) for k in kinds}
     if phase.anchor_kind == "sample":

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from math import prod
 
 from .errors import expect
 from .formats import FORMATS, packed_bytes
 from .graph import Graph, Program
 from .limits import ALIGN, Limits
 from .op import Op
-from .ops import Linear
+from .ops import MatrixOp
 from .phases import Phase
 from .types import Value
 
@@ -154,7 +155,7 @@ def panel_kind(weight: Value) -> str:
 
 
 def panel_kinds(phase: Phase) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(panel_kind(op.weight) for op in phase.anchor if isinstance(op, Linear)))
+    return tuple(dict.fromkeys(panel_kind(op.weight) for op in phase.anchor if isinstance(op, MatrixOp)))
 
 
 def padded(n: int, to: int = 32) -> int:
@@ -170,7 +171,7 @@ def panel_row_bytes(kind: str, k: int) -> int:
 
 
 def parts(phase: Phase) -> tuple[tuple[Op, ...], ...]:
-    """The matrices of a linear phase that have a body each: interleaved pairs count as one."""
+    """The matrices of a phase that have a body each: interleaved pairs count as one."""
     if phase.layout == "pairs":
         return (phase.anchor,)
     return tuple((op,) for op in phase.anchor)
@@ -180,9 +181,22 @@ def part_name(part: tuple[Op, ...]) -> str:
     return "_".join(op.out.name for op in part)
 
 
+def part_weight(part: tuple[Op, ...]) -> Value:
+    """The weight of a part; those of a pair are alike."""
+    anchor = part[0]
+    assert isinstance(anchor, MatrixOp)
+    return anchor.weight
+
+
 def packed_name(part: tuple[Op, ...]) -> str:
     """The name of a part's packed weight: its matrices' names."""
-    return "_".join(op.operands[1].name.removeprefix("w.") for op in part)
+    return "_".join(part_weight((op,)).name.removeprefix("w.") for op in part)
+
+
+def part_experts(part: tuple[Op, ...]) -> int:
+    """How many matrices a part's packed weight holds one after the other."""
+    shape = part_weight(part).tensor.shape
+    return int(shape[0]) if len(shape) == 3 else 1
 
 
 def part_units(phase: Phase, part: tuple[Op, ...]) -> int:
@@ -196,10 +210,20 @@ def unit_rows(phase: Phase, part: tuple[Op, ...]) -> int:
 
 def unit_bytes(phase: Phase, part: tuple[Op, ...]) -> int:
     """Packed weight bytes that one unit of a part reads."""
-    weight = part[0].operands[1].tensor
+    weight = part_weight(part).tensor
     return packed_bytes(FORMATS[weight.dtype], unit_rows(phase, part), weight.width)
 
 
 def part_bytes(phase: Phase, part: tuple[Op, ...]) -> int:
     """Packed bytes of a whole part, aligned as weights are stored."""
-    return padded(part_units(phase, part) * unit_bytes(phase, part), ALIGN)
+    return padded(part_experts(part) * part_units(phase, part) * unit_bytes(phase, part), ALIGN)
+
+
+def value_floats(value: Value) -> int:
+    """Floats of one row of an activation in memory: what it holds per row, its last axis padded to whole tiles."""
+    return prod(int(n) for n in value.tensor.shape[1:-1]) * padded(value.tensor.width)
+
+
+def panel_rows(x: Value) -> int:
+    """Panel rows that one row of an activation takes: one, or one for each of a row's experts."""
+    return prod(int(n) for n in x.tensor.shape[1:-1])

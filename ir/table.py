@@ -30,9 +30,9 @@ AHEAD_BYTES = 16 << 10  # per worker; measured on CPUs: enough to bridge a join,
 
 @dataclass(frozen=True)
 class Arg:
-    """One argument of a body: the offset of a packed weight or of a value, or a plain number."""
+    """One argument of a body: the offset of a packed weight or of a value, a plain number, or the layer's."""
 
-    kind: str  # weight | value | number
+    kind: str  # weight | value | number | layer
     name: str = ""
     number: int = 0
 
@@ -197,6 +197,8 @@ def _prefetch(
 def _argument(schedule: Schedule, graph: str, layer: int, arg: Arg, weights: WeightPlan, worker: int) -> int:
     if arg.kind == "number":
         return arg.number
+    if arg.kind == "layer":
+        return layer
     if arg.kind == "weight":
         return weights.offset(arg.name, layer) // ALIGN
     buffer = schedule.buffer(graph, arg.name)

@@ -224,16 +224,12 @@ class _Reader:
 
 
 def _make(cls: type[Op], out: Value, operands: list[Value], attributes: dict[str, Any], at: Span) -> Op:
-    names = cls.operand_names()
-    expect(
-        len(operands) == len(names),
-        f"{cls.name}: expected {len(names)} operands ({', '.join(names)}), got {len(operands)}",
-    )
+    named = cls.named(operands)
     for key in attributes:
         known = cls.attribute_names()
         expect(key in known, f"{cls.name}: unknown attribute `{key}`", nearest(key, known))
     try:
-        made = cls(out, **dict(zip(names, operands, strict=True)), **attributes, at=at)
+        made = cls(out, **named, **attributes, at=at)
     except TypeError as error:
         raise CompileError(f"{cls.name}: {error}") from None
     inferred = made.infer()

@@ -44,6 +44,7 @@ from .schedule import (
     panel_kind,
     part_bytes,
     part_units,
+    part_weight,
     parts,
 )
 from .schedule_text import show_schedule, show_task
@@ -120,7 +121,7 @@ def _structure(schedule: Schedule) -> Iterator[str]:
             yield f"section `{section.name}`: expected {schedule.workers} workers, got {len(section.queues)}"
         yield from _events(section)
         graph = schedule.graph(section.name)
-        sizes = {packed_name(p): part_bytes(f, p) for f in graph.phases if f.anchor_kind == "linear" for p in parts(f)}
+        sizes = {packed_name(p): part_bytes(f, p) for f in graph.phases if f.reads_matrix for p in parts(f)}
         no_end = section.name == names[0] or any(not schedule.section(b).end for b, a in pairs if a == section.name)
         for w, queue in enumerate(section.queues):
             for i, task in enumerate(queue):
@@ -174,7 +175,7 @@ def _coverage(schedule: Schedule, section: Section) -> Iterator[str]:
                 wrong = _private_packs(section, phase, body, tasks) if any(copies) else _drains(tasks)
             elif phase.anchor_kind == "rows":
                 wrong = _rows(_copied(schedule, graph, stored(graph, phase)), tasks)
-            elif phase.anchor_kind == "linear":
+            elif phase.reads_matrix and not phase.is_drain:
                 wrong = _ranges([t for q in tasks for t in q], part_units(phase, part_of(phase, body)))
             elif phase.anchor_kind == "commit":
                 wrong = _ranges([t for q in tasks for t in q], 1)
@@ -233,7 +234,7 @@ def _private_packs(section: Section, phase: Phase, body: str, tasks: list[list[T
     kind = body.removeprefix("pack.")
     for w, queue in enumerate(section.queues):
         mine = {t.body for t in queue if t.phase == phase.name and not t.body.startswith("pack.")}
-        needs = any(panel_kind(part_of(phase, name)[0].operands[1]) == kind for name in mine)
+        needs = any(panel_kind(part_weight(part_of(phase, name))) == kind for name in mine)
         if (needs and len(tasks[w]) != 1) or len(tasks[w]) > 1:
             return f"expected worker {w} to pack {'once' if needs else 'at most once'}, got {len(tasks[w])} times"
         if any((t.first, t.last, t.step) != (0, LIVE, 1) for t in tasks[w]):

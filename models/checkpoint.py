@@ -12,6 +12,9 @@ Canonical `hyper` names (both readers fill every one):
     activation                     "silu" | "gelu_tanh"
     embed_scale query_scale        float
     logit_softcap attn_softcap     float, 0.0 = none
+    experts experts_used moe_ffn shared_ffn    int, 0 = none: experts, those a row uses, inner sizes
+    norm_topk                      int, 1: the gates of a row sum to one
+    swiglu_limit swiglu_alpha      float, of gpt-oss's activation
     window                         int, 0 = none; a row of a local layer sees its last `window` positions
     layer_kinds                    tuple of "global" | "local", one per layer
     rope                           {"theta", "scaling", "local_theta", "local_scaling"}, see models/rope.py
@@ -31,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-FORMATS = frozenset({"f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q5_k", "q6_k"})
+FORMATS = frozenset({"f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4"})
 
 
 @dataclass(frozen=True)

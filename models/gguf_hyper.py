@@ -15,9 +15,15 @@ import numpy as np
 
 from ..ir.errors import LoadError, nearest
 from .checkpoint import TensorInfo
+from .gguf_experts import gguf_experts
+from .hf_experts import FAMILIES as EXPERTS
 from .rope import scaling_problems
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+FAMILIES = {
+    # general.architecture: family; a llama with experts is a Mixtral
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3", "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss",
+}  # fmt: skip
 HARMLESS = frozenset(
     {"tensor_data_layout", "rope.scaling.finetuned", "attention.causal", "expert_used_count"}
 )
@@ -55,8 +61,8 @@ Tensors = Mapping[str, TensorInfo]
 class Keys:
     """The `<arch>.*` keys: typed access that collects every complaint, and what was never asked for."""
 
-    def __init__(self, keys: Mapping[str, Any], family: str) -> None:
-        self.prefix = family + "."
+    def __init__(self, keys: Mapping[str, Any], name: str) -> None:
+        self.prefix = name + "."
         self.values = {k.removeprefix(self.prefix): v for k, v in keys.items() if k.startswith(self.prefix)}
         self.asked: set[str] = set()
         self.reasons: list[str] = []
@@ -108,16 +114,18 @@ def gguf_hyper(
     ignore: frozenset[str],
 ) -> tuple[str, dict[str, Any]]:
     """Family and canonical hyper-parameters of a parsed header, or one LoadError with all reasons."""
-    family = keys.get("general.architecture")
-    if family not in FAMILIES:
+    name = keys.get("general.architecture")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise LoadError(
-            f"`general.architecture`: expected one of {', '.join(FAMILIES)}, got `{family}`",
+            f"`general.architecture`: expected one of {', '.join(FAMILIES)}, got `{name}`",
             place=place,
-            hint=nearest(str(family), FAMILIES),
+            hint=nearest(str(name), FAMILIES),
         )
-    arch = Keys(keys, str(family))
-    hyper = _sizes(arch, str(family), tensors)
-    hyper |= _attention(arch, str(family), tensors, hyper)
+    arch, family = Keys(keys, name), FAMILIES[name]
+    if name == "llama" and arch.raw("expert_count"):
+        family = "mixtral"
+    hyper = _sizes(arch, family, tensors) | gguf_experts(arch, family)
+    hyper |= _attention(arch, family, tensors, hyper)
     hyper["rope"] = _rope(arch, tensors, read, hyper)
     hyper |= _token_ids(arch, keys)
     _refuse_unknown(arch, ignore)
@@ -125,7 +133,7 @@ def gguf_hyper(
         raise LoadError(
             arch.reasons, place=place, hint="pass over a key that cannot matter with `--ignore-config KEY`"
         )
-    return str(family), hyper
+    return family, hyper
 
 
 def _sizes(arch: Keys, family: str, tensors: Tensors) -> dict[str, Any]:
@@ -140,13 +148,13 @@ def _sizes(arch: Keys, family: str, tensors: Tensors) -> dict[str, Any]:
     return {
         "layers": layers,
         "hidden": hidden,
-        "ffn": arch.integer("feed_forward_length"),
+        "ffn": arch.integer("feed_forward_length", 1 if family in EXPERTS else None),
         "vocab": vocab,
         "eps": arch.number("attention.layer_norm_rms_epsilon"),
         "context": arch.integer("context_length"),
         "tied": "output.weight" not in tensors,
         "norm_plus_one": False,  # the converter has added the one
-        "qk_permuted": family == "llama",
+        "qk_permuted": family in ("llama", "mixtral"),
         "activation": "gelu_tanh" if family == "gemma3" else "silu",
         "embed_scale": math.sqrt(hidden) if family == "gemma3" else 1.0,
         "logit_softcap": arch.number("final_logit_softcapping", 0.0, -1.0),
@@ -175,7 +183,7 @@ def _attention(arch: Keys, family: str, tensors: Tensors, sizes: Mapping[str, An
         "query_scale": (sizes["hidden"] / heads if large_gemma else head_dim) ** -0.5,
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "o_bias": "blk.0.attn_output.bias" in tensors,
-        "qk_norm": family in ("qwen3", "gemma3"),
+        "qk_norm": family in ("qwen3", "qwen3_moe", "gemma3"),
         "window": window,
         "layer_kinds": kinds,
     }
@@ -186,6 +194,8 @@ def _window(arch: Keys, family: str, layers: int) -> tuple[int, tuple[str, ...]]
     window, pattern = arch.raw("attention.sliding_window"), arch.raw("attention.sliding_window_pattern")
     if not window and pattern is None:
         return 0, ("global",) * layers
+    if family == "gpt_oss":
+        return arch.integer("attention.sliding_window"), tuple("global" if i % 2 else "local" for i in range(layers))
     if family != "gemma3":
         arch.complain("attention.sliding_window", f"no window in `{family}`", window)
         return 0, ("global",) * layers
@@ -237,6 +247,8 @@ def _scaling(arch: Keys) -> dict[str, Any]:
         scaling = {"rope_type": "yarn", "factor": factor, **betas}
         if arch.has("rope.scaling.original_context_length"):
             scaling["original_max_position_embeddings"] = original
+        if arch.prefix == "gpt-oss.":
+            scaling["truncate"] = False  # as the model was trained; llama.cpp rounds the ramp's ends
         if magnitude != 1.0:
             scaling["attention_factor"] = magnitude * (0.1 * math.log(max(factor, 1.0)) + 1.0)
     else:
@@ -272,7 +284,7 @@ def _refuse_unknown(arch: Keys, ignore: frozenset[str]) -> None:
     for name, value in arch.values.items():
         if name in ignore or arch.prefix + name in ignore:
             continue
-        if name in FIXED:
+        if name in FIXED and name not in arch.asked:
             if _is_array(value) or value not in FIXED[name]:
                 arch.complain(name, f"`{FIXED[name][0]}` (nothing else is implemented)", value)
         elif name not in HARMLESS and name not in arch.asked:

@@ -15,10 +15,12 @@ import numpy as np
 from ..ir.errors import LoadError
 from .checkpoint import FORMATS, Checkpoint, TensorInfo, TokenizerFiles
 from .hf_config import hf_hyper
+from .hf_experts import gpt_oss_tensors
 from .json_file import read_json
 from .safetensors import Slice, read_slices
 from .tokenizer_files import convert_hf_tokenizer
 
+BYTES = np.dtype(np.uint8)  # of formats that a family's own reader puts together
 DENSE: dict[str, tuple[str, np.dtype]] = {
     "F32": ("f32", np.dtype(np.float32)),
     "F16": ("f16", np.dtype(np.float16)),
@@ -38,6 +40,7 @@ def open_hf(directory: Path, ignore: frozenset[str] = frozenset()) -> Checkpoint
             raise LoadError(f"no tensor `{name}` in the checkpoint", place=str(directory))
         return _map_tensor(name, slices[name])
 
+    tensors, reading = gpt_oss_tensors(tensors, read) if family == "gpt_oss" else (tensors, read)
     problems = tuple(
         f"tensor `{t.name}`: dtype `{t.format}` is not supported"
         for t in tensors.values()
@@ -45,7 +48,7 @@ def open_hf(directory: Path, ignore: frozenset[str] = frozenset()) -> Checkpoint
     )
     files = tuple(sorted({s.file for s in slices.values()}))
     tokenizer = tokenizer_of(directory, hyper)
-    return Checkpoint(directory, "hf", family, hyper, tensors, read, tokenizer, problems, files)
+    return Checkpoint(directory, "hf", family, hyper, tensors, reading, tokenizer, problems, files)
 
 
 def read_hf_config(directory: Path, ignore: frozenset[str]) -> tuple[str, dict[str, Any]]:
@@ -63,9 +66,9 @@ def tokenizer_of(directory: Path, hyper: Mapping[str, Any]) -> Callable[[], Toke
 
 
 def _map_tensor(name: str, part: Slice) -> np.ndarray:
-    if part.dtype not in DENSE:
+    if part.dtype not in (*DENSE, "U8"):
         raise LoadError(f"tensor `{name}`: dtype `{part.dtype}` is not supported", place=str(part.file))
-    return part.map().view(DENSE[part.dtype][1]).reshape(part.shape)
+    return part.map().view(BYTES if part.dtype == "U8" else DENSE[part.dtype][1]).reshape(part.shape)
 
 
 def _all_slices(directory: Path) -> dict[str, Slice]:

@@ -14,10 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..ir.errors import LoadError, nearest
-from .hf_fields import Fields, hf_rope
+from . import hf_experts
+from .hf_fields import DEFAULTS, Fields, hf_rope
 
-FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+FAMILIES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3",
+    **hf_experts.FAMILIES,
+}  # fmt: skip
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+BIASED = ("llama", "qwen3", "qwen3_moe", "gpt_oss", "gemma3_text")  # `attention_bias` is a field of theirs
 DTYPES = ("bfloat16", "float16", "float32", None)
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
 MAX_LAYERS, MAX_HEAD_DIM = 4096, 4096  # far above any model: damage must not become a long loop
@@ -35,7 +40,8 @@ HARMLESS = frozenset(
     hidden_dropout_prob resid_pdrop embd_pdrop resid_dropout embedding_dropout tf_legacy_loss
     use_bfloat16 cache_implementation _attn_implementation _attn_implementation_autoset
     attn_implementation _flash_attn_2_enabled unsloth_version unsloth_fixed transformers.js_config
-    is_llama_config _sliding_window_pattern tie_encoder_decoder base_model_tp_plan""".split()  # noqa: SIM905
+    is_llama_config _sliding_window_pattern tie_encoder_decoder base_model_tp_plan router_aux_loss_coef
+    router_jitter_noise output_router_logits initial_context_length""".split()  # noqa: SIM905
 )
 FIXED: dict[str, tuple[object, ...]] = {
     # fields whose other values change the maths to something not implemented
@@ -68,8 +74,8 @@ def hf_hyper(
             place=place,
             hint=nearest(str(model_type), FAMILIES),
         )
-    family, fields = FAMILIES[model_type], Fields(config, model_type)
-    hyper = _sizes(fields, family)
+    family, fields = FAMILIES[model_type], Fields(config, (DEFAULTS | hf_experts.DEFAULTS)[model_type])
+    hyper = _sizes(fields, family) | hf_experts.hf_experts(fields, family)
     hyper |= _attention(fields, family, model_type, hyper)
     hyper["window"], hyper["layer_kinds"] = _layer_kinds(fields, family, model_type, hyper["layers"])
     hyper["rope"] = hf_rope(fields, family)
@@ -135,21 +141,21 @@ def _attention(fields: Fields, family: str, model_type: str, sizes: Mapping[str,
     if head_dim % 2:
         fields.complain("head_dim", "an even number", head_dim)
     scalar = fields.number("query_pre_attn_scalar") if family == "gemma3" else head_dim
-    bias = fields.flag("attention_bias") if model_type in ("llama", "qwen3", "gemma3_text") else False
+    bias = fields.flag("attention_bias") if model_type in BIASED else False
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "query_scale": float(scalar) ** -0.5,
-        "qkv_bias": bias or family == "qwen2",  # qwen2's own code has no switch for it
+        "qkv_bias": bias or family in ("qwen2", "qwen2_moe"),  # qwen2's own code has no switch for it
         "o_bias": bias,
-        "qk_norm": family in ("qwen3", "gemma3"),
+        "qk_norm": family in ("qwen3", "qwen3_moe", "gemma3"),
     }
 
 
 def _layer_kinds(fields: Fields, family: str, model_type: str, layers: int) -> tuple[int, tuple[str, ...]]:
     given, window = fields.raw("layer_types"), fields.raw("sliding_window")
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen2_moe"):
         first_local = (
             fields.integer("max_window_layers", layers) if fields.config.get("max_window_layers") != 0 else 0
         )
@@ -159,8 +165,13 @@ def _layer_kinds(fields: Fields, family: str, model_type: str, layers: int) -> t
     elif family == "gemma3":
         period = fields.integer("sliding_window_pattern", 6)
         kinds = ["local" if (i + 1) % period else "global" for i in range(layers)]
+    elif family == "gpt_oss":
+        kinds = ["global" if i % 2 else "local" for i in range(layers)]
+    elif family == "qwen3_moe":
+        window = window if fields.flag("use_sliding_window") else None
+        kinds = ["local" if window is not None else "global"] * layers
     else:
-        kinds = ["local" if model_type == "mistral" and window is not None else "global"] * layers
+        kinds = ["local" if model_type in ("mistral", "mixtral") and window is not None else "global"] * layers
     if given is not None:
         if (
             not isinstance(given, list)
@@ -193,7 +204,7 @@ def _token_ids(fields: Fields, generation: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_rest(fields: Fields, ignore: frozenset[str]) -> None:
     for name, value in fields.config.items():
-        if name in FIXED:
+        if name in FIXED and name not in fields.asked:
             if not any(value == allowed for allowed in FIXED[name]):
                 fields.complain(name, f"`{FIXED[name][0]}` (nothing else is implemented)", _short(value))
         elif name not in HARMLESS and name not in fields.asked and name not in ignore:

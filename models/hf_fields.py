@@ -29,8 +29,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 class Fields:
     """Typed access to config.json that remembers what was asked for and collects every complaint."""
 
-    def __init__(self, config: Mapping[str, Any], model_type: str) -> None:
-        self.config, self.defaults = config, DEFAULTS[model_type]
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.config, self.defaults = config, defaults
         self.asked: set[str] = set()
         self.reasons: list[str] = []
 

@@ -7,6 +7,7 @@ checkpoint must be used or be known to be unused; all reasons are given at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ FAMILIES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where one weight comes from: a checkpoint tensor and the changes made to it, or a computed constant."""
+    """Where one weight comes from: a checkpoint tensor (or one per expert) and the changes made to it, or a computed
+    constant."""
 
     shape: tuple[int, ...]
     format: str
-    tensor: str = ""
+    tensors: tuple[str, ...] = ()
     changes: tuple[tuple[str, float], ...] = ()
     constant: np.ndarray | None = None
 
@@ -116,24 +118,39 @@ def _source(
         return WeightSource(shape, "f32", constant=constants[weight.constant])
     if weight.otherwise and hyper["tied"] and weight.otherwise in sources:
         return sources[weight.otherwise]
-    name = dict(weight.places).get(checkpoint.source, "").replace("{i}", str(layer))
-    info = checkpoint.tensors.get(name)
-    if info is None:
-        return f"missing tensor `{name}` (weight `{weight.name}`, {list(shape)})"
-    if info.shape != shape:
-        return f"tensor `{name}`: expected shape {list(shape)}, got {list(info.shape)}"
-    if info.format not in FORMATS:
-        return f"tensor `{name}`: format `{info.format}` is not supported"
+    place = dict(weight.places).get(checkpoint.source, "").replace("{i}", str(layer))
+    names = tuple(place.replace("{e}", str(e)) for e in range(shape[0])) if "{e}" in place else (place,)
+    for name in names:
+        reason = _misfit(checkpoint, weight.name, name, shape[1:] if "{e}" in place else shape)
+        if reason:
+            return reason
+    formats = {checkpoint.tensors[name].format for name in names}
+    if len(formats) > 1:
+        return f"weight `{weight.name}`: expected experts of one format, got {', '.join(sorted(formats))}"
     changes = tuple((n, float(evaluate_number(v, hyper))) for n, v in weight.changes)
     if not hyper.get("qk_permuted"):
         changes = tuple(c for c in changes if c[0] != "unpermute")
     changes = tuple(c for c in changes if c != ("plus", 0.0))
-    return WeightSource(shape, info.format if len(shape) > 1 else "f32", name, changes)
+    return WeightSource(shape, formats.pop() if len(shape) > 1 else "f32", names, changes)
+
+
+def _misfit(checkpoint: Checkpoint, weight: str, name: str, shape: tuple[int, ...]) -> str:
+    """Why a tensor cannot be a weight, or part of one; empty when it can. A vector may be stored in any shape, and a
+    matrix of one row as a vector."""
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        return f"missing tensor `{name}` (weight `{weight}`, {list(shape)})"
+    vector = len(shape) == 1 or shape[0] == 1
+    if info.shape != shape and not (vector and prod(info.shape) == prod(shape)):
+        return f"tensor `{name}`: expected shape {list(shape)}, got {list(info.shape)}"
+    if info.format not in FORMATS:
+        return f"tensor `{name}`: format `{info.format}` is not supported"
+    return ""
 
 
 def _unused(checkpoint: Checkpoint, sources: dict[str, WeightSource], reasons: list[str]) -> dict[str, str]:
     """Tensors no weight uses: known harmless ones, else a reason to refuse."""
-    used = {s.tensor for s in sources.values()}
+    used = {name for s in sources.values() for name in s.tensors}
     ignored: dict[str, str] = {}
     for name in checkpoint.tensors:
         if name in used:

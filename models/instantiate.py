@@ -90,15 +90,17 @@ class _Builder:
         expect(call.name in OPS, f"unknown op `{call.name}`", nearest(call.name, OPS))
         cls = OPS[call.name]
         operands = [self.value(a, _hint(a)) for a in call.arguments]
-        attributes = {k: float(evaluate_number(v, self._numbers())) for k, v in call.keywords}
-        names = cls.operand_names()
-        expect(len(operands) == len(names), f"{call.name}: expected operands {', '.join(names)}, got {len(operands)}")
-        for key in attributes:
-            expect(key in cls.attribute_names(), f"{call.name}: unknown attribute `{key}`")
-        made = cls(Value(self.fresh(hint), StateType("rows")), *operands, **attributes, at=call.at)
+        named = cls.named(operands)
+        attributes = {k: self.attribute(cls, k, v) for k, v in call.keywords}
+        made = cls(Value(self.fresh(hint), StateType("rows")), **named, **attributes, at=call.at)
         out = Value(made.out.name, made.infer())
-        self.ops.append(cls(out, *operands, **attributes, at=call.at))
+        self.ops.append(cls(out, **named, **attributes, at=call.at))
         return out
+
+    def attribute(self, cls: type[Op], name: str, given: Expression) -> int | float:
+        expect(name in cls.attribute_names(), f"{cls.name}: unknown attribute `{name}`")
+        number = evaluate_number(given, self._numbers())
+        return int(number) if cls.__dataclass_fields__[name].type == "int" else float(number)
 
     def _numbers(self) -> dict[str, Any]:
         return dict(self.hyper)

@@ -18,6 +18,8 @@ HYPER: dict[str, Any] = {
     "eps": 1e-5, "tied": True, "qkv_bias": False, "o_bias": False, "qk_norm": False, "norm_plus_one": False,
     "qk_permuted": False, "activation": "silu", "embed_scale": 1.0, "query_scale": 0.25, "logit_softcap": 0.0,
     "attn_softcap": 0.0, "window": 0, "layer_kinds": ("global", "global"), "bos": -1, "pad": -1, "eos": (),
+    "experts": 8, "experts_used": 2, "moe_ffn": 32, "shared_ffn": 64, "norm_topk": 1, "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
     "rope": {"theta": 10000.0, "scaling": {"rope_type": "default"}, "local_theta": 10000.0,
              "local_scaling": {"rope_type": "default"}},
 }  # fmt: skip

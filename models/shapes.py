@@ -46,10 +46,14 @@ def tensor_shapes(text: ModelText, hyper: Mapping[str, Any]) -> dict[str, tuple[
 
 def _places(weights: tuple[WeightText, ...], layer: int, hyper: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Tensor name to shape of what a checkpoint must hold."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for w in weights:
         if w.constant or (w.otherwise and hyper["tied"]):
             continue
         name = dict(w.places).get("hf", w.name).replace("{i}", str(layer))
-        found[name] = tuple(int(evaluate_number(s, hyper)) for s in w.shape)
+        shape = tuple(int(evaluate_number(s, hyper)) for s in w.shape)
+        if "{e}" in name:  # a tensor per expert
+            found |= {name.replace("{e}", str(e)): shape[1:] for e in range(shape[0])}
+        else:
+            found[name] = shape
     return found

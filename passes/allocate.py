@@ -11,16 +11,16 @@ from ..ir.graph import Graph
 from ..ir.limits import ALIGN, partial_floats
 from ..ir.ops import Attend, ElementwiseOp
 from ..ir.phases import Phase
-from ..ir.schedule import Buffer, Schedule, padded, panel_kinds, panel_row_bytes
+from ..ir.schedule import Buffer, Schedule, Section, padded, panel_kinds, panel_row_bytes, panel_rows, value_floats
 from ..ir.types import OUTPUTS, TensorType, Value
 
 
 def allocate(schedule: Schedule) -> Schedule:
     """Place logits first (alike in every bucket), carried values next, then each section's own over one another.
 
-    A pointwise result takes its operand's place when nothing reads the operand later. A value lives from the
-    phase that makes it to the last that reads it; two values may share bytes when those do not touch. What phases
-    that every worker repeats read or write shares with none: nobody waits for them, so they may run late.
+    A pointwise result takes its operand's place when nothing reads the operand later. Two values may share bytes when
+    every phase that touches the one is known to have ended, by the waits there are, before any that touches the
+    other starts. What phases that every worker repeats read or write shares with none: nobody waits for them.
     """
     plan = _Plan(schedule)
     for graph in schedule.program.graphs:
@@ -30,9 +30,10 @@ def allocate(schedule: Schedule) -> Schedule:
 
 @dataclass
 class _Life:
+    """A place and the numbers of the phases that touch it."""
+
     root: str
-    first: int
-    last: int
+    phases: set[int]
     row_bytes: int
     rows: int
     private: bool
@@ -82,6 +83,7 @@ class _Plan:
 
     def section(self, graph: Graph) -> None:
         lives = self._lives(graph)
+        ended = _ended(graph, self.schedule.section(graph.name))
         placed: list[tuple[_Life, int, int]] = []
         for life in sorted(lives, key=lambda x: -x.row_bytes * x.rows):
             fixed = life.root if life.root.startswith("/") else f"{graph.name}/{life.root}"
@@ -90,7 +92,7 @@ class _Plan:
                 continue
             size = padded(life.row_bytes * life.rows, ALIGN)
             span = size * (self.schedule.workers if life.private else 1)
-            offset = _lowest(self.base, span, [(o, o + s) for x, o, s in placed if _together(x, life)])
+            offset = _lowest(self.base, span, [(o, o + s) for x, o, s in placed if _together(x, life, ended)])
             placed.append((life, offset, span))
             name = f"{graph.name}/{life.root}"
             values = tuple(f"{graph.name}/{n}" for n in life.names)
@@ -111,19 +113,18 @@ class _Plan:
             for value in memory_values(graph, phase):
                 root = roots.get(value.name, value.name)
                 if root.startswith("/"):
-                    life = lives.setdefault(root, _Life(root, 0, 0, 0, 0, False, []))
+                    life = lives.setdefault(root, _Life(root, set(), 0, 0, False, []))
                     life.names.append(value.name)
                     continue
                 if _is_logits(graph, value):
                     continue
-                readers = [index[o.out.name] for o in graph.users(value)]
-                life = lives.setdefault(root, _Life(root, i, i, *self._size(graph, value), False, []))
-                life.last = max(life.last, i, *readers) if readers else max(life.last, i)
+                life = lives.setdefault(root, _Life(root, set(), *self._size(graph, value), False, []))
+                life.phases |= {i, *(index[o.out.name] for o in graph.users(value))}
                 life.names.append(value.name)
             for body in body_names(phase):
                 for name, size in worker_memory(phase, body).items():
-                    lives[name] = _Life(name, i, i, size, 1, True, [name])
-            if phase.anchor_kind == "linear":
+                    lives[name] = _Life(name, {i}, size, 1, True, [name])
+            if phase.reads_matrix:
                 for kind in panel_kinds(phase):
                     lives[panel_value(phase.name, kind)] = self._panel(phase, kind, i)
         return list(lives.values())
@@ -131,9 +132,10 @@ class _Plan:
     def _panel(self, phase: Phase, kind: str, i: int) -> _Life:
         x = phase.anchor[0].operands[0].tensor
         rows = self.limits.outputs if x.shape[0] == OUTPUTS else self.schedule.rows
+        rows *= panel_rows(phase.anchor[0].operands[0])
         name = panel_value(phase.name, kind)
         private = self.schedule.bucket == "few"
-        return _Life(name, i, i, panel_row_bytes(kind, x.width), rows, private, [name])
+        return _Life(name, {i}, panel_row_bytes(kind, x.width), rows, private, [name])
 
     def _size(self, graph: Graph, value: Value) -> tuple[int, int]:
         """Bytes per row and rows of one value."""
@@ -149,7 +151,7 @@ class _Plan:
 
 def row_bytes(value: Value) -> int:
     """Bytes of one row of a float32 activation, padded to whole tiles of 32."""
-    return padded(value.tensor.width) * 4
+    return value_floats(value) * 4
 
 
 def memory_values(graph: Graph, phase: Phase) -> list[Value]:
@@ -204,8 +206,35 @@ def storage(graph: Graph, running: str) -> dict[str, str]:
     return roots
 
 
-def _together(a: _Life, b: _Life) -> bool:
-    return a.first <= b.last and b.first <= a.last
+def _together(a: _Life, b: _Life, ended: list[set[int]]) -> bool:
+    """Whether a phase of one may still run, or run already, when a phase of the other does."""
+    a_first = all(i in ended[j] for i in a.phases for j in b.phases)
+    b_first = all(j in ended[i] for i in a.phases for j in b.phases)
+    return not (a_first or b_first)
+
+
+def _ended(graph: Graph, section: Section) -> list[set[int]]:
+    """For each phase, those whose tasks have all ended, on every worker, before any task of it starts.
+
+    A worker knows the events it waited for, and what their signallers knew. Packs in front of a join of their own
+    are the start of their phase.
+    """
+    number = {p.name: i for i, p in enumerate(graph.phases)}
+    known: list[set[int]] = [set() for _ in section.queues]
+    at_event: dict[str, set[int]] = {}
+    ended: list[set[int]] = []
+    for phase in graph.phases:
+        starts = []
+        for packing in (True, False):
+            for w, queue in enumerate(section.queues):
+                for task in (t for t in queue if t.phase == phase.name and t.body.startswith("pack.") == packing):
+                    known[w] = known[w].union(*(at_event[e] for e in task.waits if e in at_event))
+                    starts.append(set(known[w]))
+                    if task.signal:
+                        done = {number[phase.name]} if task.signal == phase.name else set()
+                        at_event.setdefault(task.signal, set()).update(known[w], done)
+        ended.append(set.intersection(*starts) if starts else set())
+    return ended
 
 
 def _lowest(base: int, size: int, taken: list[tuple[int, int]]) -> int:

@@ -1,4 +1,4 @@
-"""Constant scales fold, equal ops merge, unused ops go."""
+"""Constant scales fold, equal ops merge, ops that do nothing or are unused go."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 from ..ir.graph import Graph
 from ..ir.op import Op
-from ..ir.ops import Add, Scale
+from ..ir.ops import Add, Normalize, Scale
 from ..ir.types import Value
 
 
@@ -45,7 +45,7 @@ def _merge_equal(graph: Graph) -> Graph:
     kept: list[Op] = []
     for original in graph.ops:
         op = original.with_operands(replace)
-        if isinstance(op, Scale) and op.by == 1.0:
+        if (isinstance(op, Scale) and op.by == 1.0) or (isinstance(op, Normalize) and not op.on):
             replace[op.out.name] = op.x
             continue
         key = dataclasses.replace(_ordered(op), out=Value("", op.out.type))

@@ -9,8 +9,23 @@ import networkx
 
 from ..ir.graph import Graph
 from ..ir.op import Op
-from ..ir.ops import Append, Attend, Commit, ElementwiseOp, HeadNorm, Linear, RmsNorm, Rope, Sample, Select
-from ..ir.phases import Phase
+from ..ir.ops import (
+    Append,
+    Attend,
+    Combine,
+    Commit,
+    ElementwiseOp,
+    ExpertLinear,
+    HeadNorm,
+    Linear,
+    MatrixOp,
+    RmsNorm,
+    Rope,
+    Sample,
+    Select,
+)
+from ..ir.phases import MATRIX, Phase
+from ..ir.types import Value
 
 ALONE: dict[type[Op], str] = {Attend: "attend", Sample: "sample", Commit: "commit"}
 
@@ -18,7 +33,8 @@ ALONE: dict[type[Op], str] = {Attend: "attend", Sample: "sample", Commit: "commi
 def fuse(graph: Graph) -> Graph:
     """Fold norms into the matrix that reads them and pointwise work into the one that feeds it: fewer joins.
 
-    Matrices that read the same activation share a phase. What fits neither becomes a `rows` phase.
+    Matrices that read the same activation share a phase, experts that read it through the same gates another; a norm
+    in front of both is in both. What fits neither becomes a `rows` phase.
 
     before:
         graph f(x: f32[R, 64], w.n: f32[64], w.gate: q4_0[96, 64], w.up: q4_0[96, 64], w.down: q4_0[64, 96]) -> (y) {
@@ -83,11 +99,13 @@ class _Fuser:
         self.groups: list[_Group] = []
         self.home: dict[str, _Group] = {}  # value -> the group that makes it
         self.pending: list[Op] = []
+        self.index = {op.out.name: i for i, op in enumerate(graph.ops)}
+        self.moved: set[str] = set()  # anchors that read a norm's copy
 
     def run(self) -> Graph:
         for i, op in enumerate(self.graph.ops):
             self._place(i, op)
-        for group in [g for g in self.groups if g.kind == "linear"]:
+        for group in [g for g in self.groups if g.kind in MATRIX]:
             self._absorb_prologue(group)
         self._row_phases()
         phases = tuple(self._phase(g) for g in self._sorted())
@@ -95,10 +113,10 @@ class _Fuser:
         return dataclasses.replace(self.graph, ops=ops, phases=phases)
 
     def _place(self, order: int, op: Op) -> None:
-        if isinstance(op, Linear):
-            group = next((g for g in self.groups if g.kind == "linear" and _input(g) == op.x), None)
+        if isinstance(op, MatrixOp):
+            group = next((g for g in self.groups if g.kind in MATRIX and _reads_alike(g.anchor[0], op)), None)
             if group is None:
-                group = self._new("linear", order)
+                group = self._new("linear" if isinstance(op, Linear) else "experts", order)
             group.anchor.append(op)
             self.home[op.out.name] = group
         elif type(op) in ALONE:
@@ -114,14 +132,18 @@ class _Fuser:
 
     def _into_epilogue(self, op: Op) -> bool:
         """Append `op` to the one linear group that makes its newest operands, if the tile layouts agree."""
-        if not isinstance(op, ElementwiseOp | HeadNorm | Rope | Append):
+        if not isinstance(op, ElementwiseOp | HeadNorm | Rope | Append | Combine):
             return False
         homes = {self.home[v.name].order for v in op.operands if v.name in self.home}
-        if not homes or any(v.name in {p.out.name for p in self.pending} for v in op.operands):
+        if not homes:
             return False
         group = next(g for g in self.groups if g.order == max(homes))
-        if group.kind != "linear":
+        early = {a.gates.name for a in group.anchor if isinstance(a, ExpertLinear)}  # there when the group starts
+        if any(v.name in {p.out.name for p in self.pending} - early for v in op.operands):
             return False
+        if group.kind not in MATRIX:
+            return False
+        group = self._twins(group, op)
         layout = self._layout(group, op)
         if layout is None:
             return False
@@ -130,6 +152,23 @@ class _Fuser:
         self.home[op.out.name] = group
         return True
 
+    def _twins(self, group: _Group, op: Op) -> _Group:
+        """The group of `op`; where it joins two matrices alike among others, the two get a group of their own."""
+        names = {_part(group, v.name) for v in op.operands if v.name in group.made()}
+        pair = [a for a in group.anchor if a.out.name in names]
+        if not isinstance(op, ElementwiseOp) or len(pair) != 2 or len(group.anchor) == 2:
+            return group
+        if _weight_type(pair[0]) != _weight_type(pair[1]):
+            return group
+        made = self._new(group.kind, self.index[pair[0].out.name])
+        made.anchor = pair
+        made.epilogue = [e for e in group.epilogue if _part(group, e.out.name) in names]
+        group.anchor = [a for a in group.anchor if a not in pair]
+        group.epilogue = [e for e in group.epilogue if e not in made.epilogue]
+        group.order = self.index[group.anchor[0].out.name]
+        self.home |= dict.fromkeys(made.made(), made)
+        return made
+
     def _layout(self, group: _Group, op: Op) -> str | None:
         """The tile layout of `group` once `op` joins it, None where they do not agree."""
         inside = [v for v in op.operands if v.name in group.made()]
@@ -137,7 +176,7 @@ class _Fuser:
             return "heads" if group.layout in ("plain", "heads") else None
         if len({_part(group, v.name) for v in inside}) < 2:
             return group.layout
-        weights = [a.weight.type for a in group.anchor if isinstance(a, Linear)]
+        weights = [_weight_type(a) for a in group.anchor]
         twins = len(weights) == 2 and weights[0] == weights[1]
         return "pairs" if twins and group.layout in ("plain", "pairs") else None
 
@@ -150,11 +189,23 @@ class _Fuser:
             if op is None or not isinstance(op, RmsNorm | ElementwiseOp | Select):
                 continue
             mine = {o.out.name for o in group.ops}
-            users = {u.out.name for u in self.graph.users(value)}
-            if users <= mine and value not in self.graph.results:
+            users = self.graph.users(value)
+            others = {u.out.name for u in users} - mine - self.moved
+            if value in self.graph.results:
+                continue
+            if not others:
                 group.prologue.insert(0, op)
                 self.pending.remove(op)
                 wanted += op.operands
+            elif isinstance(op, RmsNorm) and all(isinstance(u, MatrixOp) and u.x == value for u in users):
+                self._copy_norm(group, op)
+
+    def _copy_norm(self, group: _Group, op: RmsNorm) -> None:
+        """A norm in front of several groups: computing it again is cheaper than a join."""
+        copy = Value(f"{op.out.name}_{'_'.join(_names(group))}", op.out.type)
+        group.prologue.insert(0, dataclasses.replace(op, out=copy))
+        self.moved |= {a.out.name for a in group.anchor}
+        group.anchor = [a.with_operands({op.out.name: copy}) for a in group.anchor]
 
     def _row_phases(self) -> None:
         """What is left works row by row; neighbours between the same groups share a phase."""
@@ -183,15 +234,30 @@ class _Fuser:
         return [self.groups[i] for i in ready]
 
     def _phase(self, g: _Group) -> Phase:
-        names = [op.weight.name[2:] if isinstance(op, Linear) else op.out.name for op in g.anchor]
-        name = "_".join(names) if g.kind == "linear" else g.kind if g.kind != "rows" else f"rows_{names[-1]}"
+        names = _names(g)
+        name = "_".join(names) if g.kind in MATRIX else g.kind if g.kind != "rows" else f"rows_{names[-1]}"
         return Phase(name, g.kind, tuple(g.prologue), tuple(g.anchor), tuple(g.epilogue), g.layout)
 
 
-def _input(group: _Group):  # type: ignore[no-untyped-def]
+def _input(group: _Group) -> Value:
     anchor = group.anchor[0]
-    assert isinstance(anchor, Linear)
+    assert isinstance(anchor, MatrixOp)
     return anchor.x
+
+
+def _weight_type(op: Op) -> object:
+    return op.weight.type if isinstance(op, MatrixOp) else None
+
+
+def _names(group: _Group) -> list[str]:
+    return [op.weight.name[2:] if isinstance(op, MatrixOp) else op.out.name for op in group.anchor]
+
+
+def _reads_alike(a: Op, b: MatrixOp) -> bool:
+    """Whether two matrices share a panel, and the experts it goes to."""
+    if isinstance(a, ExpertLinear) and isinstance(b, ExpertLinear):
+        return (a.x, a.gates, a.k) == (b.x, b.gates, b.k)
+    return type(a) is type(b) and isinstance(a, MatrixOp) and a.x == b.x
 
 
 def _part(group: _Group, name: str) -> str:

@@ -10,7 +10,7 @@ from ..ir.types import TensorType
 from .allocate import places
 
 Key = tuple[str, str]  # graph, phase
-EVERYBODY = ("rows", "attend")  # phases that every worker takes part in
+EVERYBODY = ("rows", "attend")  # phases that every worker takes part in, as in drains over experts
 
 
 def repeated(program: Program) -> set[Key]:
@@ -49,7 +49,8 @@ def repeated(program: Program) -> set[Key]:
 def _overtaken(graph: Graph, found: set[Key], touched: Mapping[Key, tuple[set[str], set[str]]]) -> set[str]:
     """Places that the next layer may write while a phase of `found` still reads them in this one."""
     keys = [(graph.name, p.name) for p in graph.phases]
-    meetings = [i for i, p in enumerate(graph.phases) if p.anchor_kind in EVERYBODY and keys[i] not in found]
+    everybody = [p.anchor_kind in EVERYBODY or p.is_drain for p in graph.phases]
+    meetings = [i for i, key in enumerate(keys) if everybody[i] and key not in found]
     return {
         place
         for writer, maker in enumerate(keys)

@@ -16,6 +16,7 @@ from ..ir.schedule import (
     panel_kinds,
     part_name,
     part_units,
+    part_weight,
     parts,
     unit_bytes,
 )
@@ -37,8 +38,8 @@ def _section(graph: Graph, bucket: str, workers: int, own: set[str]) -> Section:
     queues: list[list[Task]] = [[] for _ in range(workers)]
     events: list[tuple[str, int]] = []
     for phase in graph.phases:
-        if phase.anchor_kind == "linear":
-            events += _linear(phase, queues, bucket)
+        if phase.reads_matrix:
+            events += _matrix(phase, queues, bucket)
         elif phase.anchor_kind == "commit":
             queues[0].append(Task(phase.name, "commit", 0, 1, 1, (), phase.name))
             events.append((phase.name, 1))
@@ -53,9 +54,9 @@ def _section(graph: Graph, bucket: str, workers: int, own: set[str]) -> Section:
     return Section(graph.name, tuple(events), end, tuple(map(tuple, queues)))
 
 
-def _linear(phase: Phase, queues: list[list[Task]], bucket: str) -> list[tuple[str, int]]:
+def _matrix(phase: Phase, queues: list[list[Task]], bucket: str) -> list[tuple[str, int]]:
     """Packs and matrix tasks of one phase; the last task of each worker signals."""
-    shares = _shares(phase, len(queues))
+    shares = _drains(phase, len(queues)) if phase.is_drain else _shares(phase, len(queues))
     events = []
     packed = f"{phase.name}.packed"
     if bucket == "many":
@@ -72,10 +73,15 @@ def _linear(phase: Phase, queues: list[list[Task]], bucket: str) -> list[tuple[s
         busy += 1
         if bucket == "few":
             by_name = {part_name(p): p for p in parts(phase)}
-            kinds = tuple(dict.fromkeys(panel_kind(by_name[t.body][0].operands[1]) for t in tasks))
+            kinds = tuple(dict.fromkeys(panel_kind(part_weight(by_name[t.body])) for t in tasks))
             queue += [Task(phase.name, f"pack.{kind}", 0, LIVE) for kind in kinds]
         queue += [*tasks[:-1], dataclasses.replace(tasks[-1], signal=phase.name)]
     return [*events, (phase.name, busy)]
+
+
+def _drains(phase: Phase, workers: int) -> list[list[Task]]:
+    """Tiles of the experts that turn out to be active, for every worker."""
+    return [[Task(phase.name, part_name(p), w, LIVE, workers) for p in parts(phase)] for w in range(workers)]
 
 
 def _shares(phase: Phase, workers: int) -> list[list[Task]]:

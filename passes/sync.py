@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from ..ir.access import Access, accesses
 from ..ir.schedule import PREVIOUS, Schedule, Section, Task
+from .allocate import storage
 
 
 def sync(schedule: Schedule) -> Schedule:
@@ -60,14 +61,22 @@ def _group(task: Task, section: Section) -> str:
 
 def _needs(schedule: Schedule, section: Section) -> dict[str, list[str]]:
     """For each group of tasks in program order, the earlier ones whose tasks conflict with its own, between any two
-    workers; latest first. Groups without an event write private copies, which conflict with nobody."""
+    workers; latest first. Groups without an event write private copies, which conflict with nobody.
+
+    A value that takes another's place conflicts with who reads that one.
+    """
     graph, events = schedule.graph(section.name), dict(section.events)
+    roots = storage(graph, schedule.program.entry.results[0].name)
     touched: dict[str, list[Access]] = {g: [] for p in graph.phases for g in (f"{p.name}.packed", p.name)}
     for queue in section.queues:
         for task in dict.fromkeys(queue):
             group = _group(task, section)
             copies = group not in events or (task.body.startswith("pack.") and group == task.phase)
-            touched[group] += [a for a in accesses(graph, task) if not (copies and a.write)]
+            touched[group] += [
+                dataclasses.replace(a, value=roots.get(a.value, a.value))
+                for a in accesses(graph, task)
+                if not (copies and a.write)
+            ]
     earlier: list[str] = []
     needs: dict[str, list[str]] = {}
     for group, found in touched.items():

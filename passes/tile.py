@@ -1,4 +1,4 @@
-"""Choose the tile of every linear phase."""
+"""Choose the tile of every phase that reads matrices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tile(graph: Graph) -> Graph:
           }
         }
     """
-    phases = tuple(_tiled(p) if p.anchor_kind == "linear" else p for p in graph.phases)
+    phases = tuple(_tiled(p) if p.reads_matrix else p for p in graph.phases)
     return dataclasses.replace(graph, phases=phases)
 
 

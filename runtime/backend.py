@@ -5,6 +5,7 @@ Rows, pages and sampling settings are written through `state`; nothing above thi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ class Backend(Protocol):
     """One loaded model on one device. Made ready by its constructor; not safe to share between threads."""
 
     state: State
+    observer: Callable[[int], None] | None  # called after every step with the rows it had
 
     def step(self) -> None:
         """Run the rows in `state` once; raises StepFault."""

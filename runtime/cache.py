@@ -1,12 +1,20 @@
-"""KV page allocation: who owns which page of which cache group.
+"""KV page allocation: which slot holds which pages of which cache group, and what they hold.
 
 A page is 64 tokens. A slot gets all pages of its longest possible length when it is admitted, so a running
-request never runs out; a windowed group needs only a ring of pages, which the page table repeats.
+request never runs out. A windowed group needs only a ring of pages: when the window has left a page, the slot
+takes it again for later positions.
+
+Full pages are kept and shared: `keep` files a slot's pages under their tokens, `find` gives the pages that a prompt
+begins with, `take` starts a slot on them. Reference counts are derived from the page tables of the slots that live,
+so none can be lost. A page that is kept, or that two slots hold, is never written: where a ring would, `grow` puts
+another page in its place. No page is copied. What nobody holds stays until its page is needed, the least recently
+used first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,35 +22,10 @@ from numpy.typing import NDArray
 from ..ir.errors import UsageError
 from ..ir.limits import PAGE_TOKENS, Limits
 from .manifest import CacheGroup
+from .pool import Pages, Pool
+from .prefix import NONE, Node
 
-FREE = -1
-Pages = NDArray[np.int32]
-
-
-class Pool:
-    """The pages of one cache group. Taking and releasing are one write each: an interrupt tears nothing."""
-
-    def __init__(self, pages: int) -> None:
-        self.owner = np.full(pages, FREE, np.int32)
-
-    @property
-    def free(self) -> int:
-        return int(np.count_nonzero(self.owner == FREE))
-
-    def take(self, slot: int, count: int) -> Pages:
-        """`count` free pages for a slot: the tightest run that holds them (read linearly then), else any."""
-        free = np.flatnonzero(self.owner == FREE).astype(np.int32)
-        assert len(free) >= count, (len(free), count)
-        runs = np.split(free, np.flatnonzero(np.diff(free) != 1) + 1)
-        pages = min((run for run in runs if len(run) >= count), key=len, default=free)[:count]
-        self.owner[pages] = slot
-        return pages
-
-    def of(self, slot: int) -> Pages:
-        return np.flatnonzero(self.owner == slot).astype(np.int32)
-
-    def release(self, slot: int) -> None:
-        self.owner[self.owner == slot] = FREE
+__all__ = ["Cache", "Pages", "Pool", "page_counts"]
 
 
 def page_counts(
@@ -53,19 +36,47 @@ def page_counts(
         return tuple(limits.slots * group.ring_pages for group in groups)
     if kv_tokens < PAGE_TOKENS:
         raise UsageError(f"kv_tokens: expected at least one page of {PAGE_TOKENS} tokens, got {kv_tokens}")
-    pages = -(-kv_tokens // PAGE_TOKENS)
+    pages = pages_of(kv_tokens)
     return tuple(min(limits.slots * group.ring_pages, pages) for group in groups)
 
 
+def pages_of(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a slot holds of one group: pages of positions 64 * first .. 64 * end - 1, `need` of them at most."""
+
+    first: int
+    end: int
+    need: int
+    total: int  # pages of all positions the slot may fill
+
+
 class Cache:
-    """All pools, and the page tables `tables[g, slot, position // 64]` a step reads."""
+    """All pools, and the page tables `tables[g, slot, position // 64]` a step reads.
+
+    `_spans[slot]` is the truth about who holds what: set last, removed first, so an interrupt tears nothing.
+    """
 
     def __init__(
-        self, groups: Sequence[CacheGroup], counts: Sequence[int], tables: Pages, context: int
+        self,
+        groups: Sequence[CacheGroup],
+        counts: Sequence[int],
+        tables: Pages,
+        context: int,
+        keep_prefixes: bool = True,
     ) -> None:
         self._rings = [group.ring_pages for group in groups]
-        self.pools = [Pool(count) for count in counts]
+        # Pages that hold the window before a page's first position; without a window, all of them.
+        self._back = [pages_of(group.window - 1) if group.window else context for group in groups]
+        self._windowed = [g for g, group in enumerate(groups) if group.window]
+        self.pools = [Pool(g, count) for g, count in enumerate(counts)]
+        self.keeps = keep_prefixes
+        self.root = Node(None, b"", [NONE] * len(groups))
         self._tables = tables
+        self._spans: dict[int, list[Span]] = {}
         # Positions one request may fill in an empty cache; a group that holds a full ring holds any length.
         self.capacity = min(
             context if count >= ring else count * PAGE_TOKENS
@@ -73,23 +84,133 @@ class Cache:
         )
         self.capacity = min(self.capacity, context)
 
-    def _needs(self, length: int) -> list[int]:
-        return [min(ring, -(-length // PAGE_TOKENS)) for ring in self._rings]
+    def find(self, keys: Sequence[bytes]) -> list[Node]:
+        """The longest beginning of these pages of tokens that need not be computed again.
 
-    def has_room(self, length: int) -> bool:
-        return all(pool.free >= need for pool, need in zip(self.pools, self._needs(length), strict=True))
+        A windowed group must hold only what its window reaches back to from the first page to compute: what is
+        before, no later row reads. Where it does not, less is reused, even if the other groups have more.
+        """
+        path = self.root.path(keys) if self.keeps else []
+        runs, best = [0] * len(self.pools), 0
+        for n, node in enumerate(path, 1):
+            for g, pool in enumerate(self.pools):
+                runs[g] = runs[g] + 1 if pool.find(node) != NONE else 0
+            if all(run >= min(n, back) for run, back in zip(runs, self._back, strict=True)):
+                best = n
+        return path[:best]
 
-    def take(self, slot: int, length: int) -> None:
-        """Give a slot the pages of `length` positions and write its tables; `has_room` must hold."""
+    def has_room(self, length: int, path: Sequence[Node] = ()) -> bool:
+        """Whether a slot of `length` positions that starts on the pages of `path` can be had."""
+        for g, pool in enumerate(self.pools):
+            need = min(self._rings[g], pages_of(length))
+            if g in self._windowed:
+                # A slot swaps pages as it goes, shared ones for its own: each is due its whole ring.
+                due = sum(spans[g].need for spans in self._spans.values())
+                if pool.size - int(np.count_nonzero(pool.spoiled)) - due < need:
+                    return False
+            elif pool.room(self._held(g, [pool.find(node) for node in path])) < need - len(path):
+                return False
+        return True
+
+    def take(self, slot: int, length: int, path: Sequence[Node] = ()) -> None:
+        """Give a slot pages for `length` positions, the first of them those of `path`; `has_room` must hold."""
         self.release(slot)
-        for g, need in enumerate(self._needs(length)):
-            pages = self.pools[g].take(slot, need)
-            # Entries past the end repeat the slot's own pages: a stray read stays in its memory.
-            self._tables[g, slot] = np.resize(pages, self._tables.shape[2])
+        total, spans = pages_of(length), []
+        for g, pool in enumerate(self.pools):
+            first = max(0, len(path) - self._back[g])
+            end = min(total, first + self._rings[g])
+            old = np.array([pool.find(node) for node in path[first:]], np.int32)
+            after = int(old[-1]) if len(old) else NONE
+            own = np.concatenate([old, pool.take(end - first - len(old), self._held(g, old), after)])
+            # Entries outside repeat the slot's own pages: a stray read stays in its memory.
+            self._tables[g, slot] = own[(np.arange(self._tables.shape[2]) - first) % len(own)]
+            spans.append(Span(first, end, min(self._rings[g], total), total))
+        self._spans[slot] = spans
+
+    def reach(self, slot: int) -> int:
+        """Positions a slot has pages for; past them, `grow` first."""
+        if not self.keeps or not self._windowed:
+            return self.capacity
+        spans = self._spans[slot]
+        return min(PAGE_TOKENS * spans[g].end for g in self._windowed)
+
+    def grow(self, slot: int, end: int) -> None:
+        """Move the slot's rings on to hold positions up to `end`: at most a step's rows after what is computed."""
+        for g in self._windowed:
+            while PAGE_TOKENS * self._spans[slot][g].end < end:
+                self._move(g, slot)
+
+    def _move(self, g: int, slot: int) -> None:
+        """One page further: the page that the window left if it is this slot's alone, else another one."""
+        pool, span, row = self.pools[g], self._spans[slot][g], self._tables[g, slot]
+        assert (span.end < span.total, span.end - span.first) == (True, self._rings[g]), span
+        page, held = int(row[span.first]), self._held(g)
+        if pool.used[page] or pool.spoiled[page] or held[page] > 1:
+            pool.touch(row[span.first : span.first + 1])
+            held[page] -= 1
+            page = int(pool.take(1, held, after=int(row[span.end - 1]))[0])
+        row[span.end :: self._rings[g]] = page
+        spans = list(self._spans[slot])
+        spans[g] = Span(span.first + 1, span.end + 1, span.need, span.total)
+        self._spans[slot] = spans
+
+    def keep(self, slot: int, keys: Sequence[bytes]) -> None:
+        """File a slot's first pages under their tokens: they are computed, and will not be written any more."""
+        if not self.keeps or slot not in self._spans:
+            return
+        node = self.root
+        for p, key in enumerate(keys):
+            node = node.child(key)
+            for g, pool in enumerate(self.pools):
+                span, page = self._spans[slot][g], int(self._tables[g, slot, p])
+                if span.first <= p < span.end and pool.find(node) == NONE and not pool.spoiled[page]:
+                    pool.learn(page, node)
 
     def of(self, slot: int) -> list[Pages]:
-        return [pool.of(slot) for pool in self.pools]
+        """The pages a slot holds of each group, by position."""
+        spans = self._spans.get(slot, [Span(0, 0, 0, 0)] * len(self.pools))
+        return [self._tables[g, slot, span.first : span.end] for g, span in enumerate(spans)]
 
     def release(self, slot: int) -> None:
-        for pool in self.pools:
-            pool.release(slot)
+        """What is known stays, the beginning of a prompt longest: it is of use to the most."""
+        for pool, pages in zip(self.pools, self.of(slot), strict=True):
+            pool.touch(pages[::-1])
+        self._spans.pop(slot, None)
+
+    def spoil(self, slot: int) -> None:
+        """What a slot holds is of no use to anybody and to be cleared: see `scrub`."""
+        for pool, pages in zip(self.pools, self.of(slot), strict=True):
+            pool.spoiled[pages] = True
+            for page in pages.tolist():
+                pool.evict(page)
+
+    def scrub(self, zero: Callable[[int, Pages], None]) -> None:
+        """Clear spoiled pages that nobody holds any more: masked, not-a-number would still poison sums."""
+        for g, pool in enumerate(self.pools):
+            if pool.spoiled.any():
+                pages = np.flatnonzero(pool.spoiled & (self._held(g) == 0)).astype(np.int32)
+                zero(g, pages)
+                pool.spoiled[pages] = False
+
+    def forget(self) -> None:
+        """Drop every page that nobody holds."""
+        for g, pool in enumerate(self.pools):
+            for page in np.flatnonzero((self._held(g) == 0) & (pool.used > 0)).tolist():
+                pool.evict(page)
+
+    def counts(self) -> list[tuple[int, int, int]]:
+        """Pages of each group: held by slots, known but held by nobody, free."""
+        found = []
+        for g, pool in enumerate(self.pools):
+            held = self._held(g) > 0
+            known = int(np.count_nonzero(~held & (pool.used > 0)))
+            found.append((int(np.count_nonzero(held)), known, pool.size - int(np.count_nonzero(held)) - known))
+        return found
+
+    def _held(self, g: int, more: Sequence[int] | Pages = ()) -> NDArray[np.int32]:
+        """How many slots hold each page of a group; those in `more` count as held once more."""
+        held = np.zeros(self.pools[g].size, np.int32)
+        for slot in self._spans:
+            held[self.of(slot)[g]] += 1
+        held[np.asarray(more, np.int32)] += 1
+        return held

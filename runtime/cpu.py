@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ class CpuBackend:
     def __init__(self, library: Path, target: Target, manifest: Manifest, memory: Memory) -> None:
         self._library = open_library(library, target)
         self._manifest, self._memory = manifest, memory
+        self.observer: Callable[[int], None] | None = None
         self.state = State(memory.state, manifest.fields)
         workers = memory.tables.shape[1]
         native = self._native_memory(memory)
@@ -104,14 +106,27 @@ class CpuBackend:
         return int(self._handle)
 
     def step(self) -> None:
+        rows = int(self.state.n_rows[0])
         if self._library.ol_step(self._ready()) != 0:
             raise StepFault.read(self.state.fault)
+        if self.observer is not None:
+            self.observer(rows)
 
     def run(self, steps: int) -> int:
+        if self.observer is not None:
+            return self._run_observed(steps)
         done = int(self._library.ol_run(self._ready(), steps))
         if done < 0:
             raise StepFault.read(self.state.fault)
         return done
+
+    def _run_observed(self, steps: int) -> int:
+        """`run`, a step at a time."""
+        for done in range(steps):
+            if self.state.n_rows[0] <= 0:
+                return done
+            self.step()
+        return steps
 
     def logits(self, outputs: int) -> NDArray[np.float32]:
         start, stride = self._manifest.logits_offset, self._manifest.logits_stride

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -122,6 +122,7 @@ class CudaBackend:
     """`Backend` over a kernel and device memory. Built inside its context; owns it from then on."""
 
     state: State
+    observer: Callable[[int], None] | None = None  # of mixtures of experts, which no GPU target has
 
     def __init__(
         self,

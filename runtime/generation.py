@@ -20,7 +20,7 @@ class Timings:
     queue: float
     prompt: float
     decode: float
-    prompt_per_second: float  # prompt tokens
+    prompt_per_second: float  # prompt tokens that were computed
     decode_per_second: float  # tokens after the first one
 
 
@@ -28,7 +28,8 @@ class Timings:
 class Generation:
     """What one prompt was continued with. `tokens` includes a stop token; `text` ends before what stopped it.
 
-    finish_reason: "stop" (a stop token or string) or "length".
+    finish_reason: "stop" (a stop token or string) or "length". reused_tokens: of the prompt's tokens, how many were
+    in the cache already and not computed.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Generation:
     finish_reason: str
     prompt_tokens: int
     timings: Timings
+    reused_tokens: int = 0
 
 
 class StopStrings:
@@ -121,8 +123,13 @@ class TextOutput:
             finish_reason="stop" if self._stops.matched else r.finish,
             prompt_tokens=len(r.prompt),
             timings=Timings(
-                queue, prompt, decode, _rate(len(r.prompt), prompt), _rate(len(r.tokens) - 1, decode)
+                queue,
+                prompt,
+                decode,
+                _rate(len(r.prompt) - r.reused, prompt),
+                _rate(len(r.tokens) - 1, decode),
             ),
+            reused_tokens=r.reused,
         )
 
 

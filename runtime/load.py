@@ -33,6 +33,7 @@ def load(
     device: str = "auto",
     kv_tokens: int | None = None,
     segments: str = "mega",
+    prefix_cache: bool = True,
 ) -> Model:
     """Verify an artifact and make it ready to run.
 
@@ -40,7 +41,9 @@ def load(
     for. device: `cuda` or `cpu`; `auto` = an NVIDIA device if one here can run the artifact, else the processor.
     target: one of the artifact's by name; None = the best. kv_tokens: tokens all live requests may hold together;
     None = every slot at full context. segments: on an NVIDIA device, "mega" runs a step as one launch, "per-phase"
-    as a launch per phase of the same tiles, there to be compared with. A processor runs steps whole.
+    as a launch per phase of the same tiles, there to be compared with. A processor runs steps whole. prefix_cache:
+    keep what prompts and answers left in the KV cache until its pages are needed; a prompt that begins the same is
+    read from there on, with the same result.
     """
     if segments not in SEGMENTS:
         raise UsageError(f"segments: expected {' or '.join(SEGMENTS)}, got `{segments}`")
@@ -58,7 +61,7 @@ def load(
     backend, workers, chosen = opened or _on_processor(artifact, target, threads, counts)
     model = Model(
         artifact.manifest, backend, counts, lambda: _tokenizer(artifact), target=chosen, threads=workers,
-        segments=segments,
+        segments=segments, prefix_cache=prefix_cache,
     )  # fmt: skip
     try:
         model.step([0])  # starts threads and touches memory: paid here, not by the first request

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -26,6 +27,7 @@ from .cache import Cache
 from .direct import DirectRows
 from .generation import Generation, TextOutput
 from .manifest import Manifest
+from .routing import RoutingTrace
 from .rows import Request, RowScheduler
 from .settings import Message, Prompt, Settings, encode, split_prompts
 
@@ -48,16 +50,18 @@ class Model:
         target: str = "",
         threads: int = 1,
         segments: str = "mega",
+        prefix_cache: bool = True,
     ) -> None:
         self.manifest, self.target, self.threads, self.segments = manifest, target, threads, segments
         self.name, self.limits, self.vocab = manifest.name, manifest.limits, manifest.vocab
         self._backend, self._read_tokenizer = backend, read_tokenizer
-        self._cache = Cache(manifest.caches, kv_pages, backend.state.pages, self.limits.context)
+        self._cache = Cache(manifest.caches, kv_pages, backend.state.pages, self.limits.context, prefix_cache)
         self._scheduler = RowScheduler(backend, self.limits, self._cache, self.vocab)
         self._direct = DirectRows(backend, self.limits, self._cache, manifest.caches, self.vocab)
         self._lock = threading.RLock()
         self._closed = False
         self._fault: StepFault | None = None
+        self._trace: RoutingTrace | None = None
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_read = False
 
@@ -141,6 +145,16 @@ class Model:
         kv = sum(group.token_bytes() * n for group, n in zip(self.manifest.caches, seen, strict=True))
         return float(self.manifest.traffic["weights_per_step"]) + kv
 
+    def trace_routing(self, path: str | Path) -> None:
+        """Write which experts every step from now on uses, until the model is closed (routing.py: the format)."""
+        with self._lock:
+            self._ready()
+            if not hasattr(self._backend.state, "routing"):
+                raise UsageError(f"trace_routing: expected a mixture of experts, got `{self.manifest.family}`")
+            experts = int(self.manifest.raw["hyper"]["experts"])
+            self._trace = RoutingTrace(Path(path), self.name, experts, self._backend.state)
+            self._backend.observer = self._trace.step
+
     def read_gbps(self) -> float:
         """What a plain read of the weights reaches with the same workers, GB/s: a decode step's limit."""
         with self._lock:
@@ -152,6 +166,8 @@ class Model:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                if self._trace is not None:
+                    self._trace.close()
                 self._backend.close()
 
     def __enter__(self) -> Model:

@@ -4,6 +4,9 @@ Running slots come first: the step's commit already wrote their rows. The rest o
 prompt chunks, shared evenly among the prompts being read (continuous batching, chunked prefill). Requests
 that find no slot or no pages wait in order.
 
+A prompt that begins with pages the cache knows is read from behind them. Its last token is always computed: its
+logits are what the first token is chosen from. Where a prompt is cut changes no row, so neither does what is reused.
+
 Truth is the requests and the state's token rings. `_rebuild` derives every row from them, so an interrupt
 (Ctrl-C) at any point loses nothing: the next step rebuilds and goes on.
 """
@@ -18,19 +21,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..ir.errors import UsageError
-from ..ir.limits import STOP_TOKENS, Limits
+from ..ir.limits import PAGE_TOKENS, STOP_TOKENS, Limits
 from ..ir.sampling import Sampling
 from .backend import Backend
 from .cache import Cache
+from .prefix import Node, common_pages, page_key
 
 FINISH = {1: "stop", 2: "length", 3: "invalid"}  # slot_finished; invalid: the logits were not finite
 
 
 @dataclass(eq=False)
 class Request:
-    """One sequence to continue. `tokens` grows while it runs; `finish` says why it ended, "" until then.
+    """One sequence to continue. `tokens`, with the stop token, grows while it runs; `finish` says why it ended.
 
-    `tokens` includes the stop token. Times are `time.perf_counter` seconds, 0 = not yet.
+    Times are `time.perf_counter` seconds, 0 = not yet.
     """
 
     prompt: Sequence[int]
@@ -39,13 +43,16 @@ class Request:
     stop_tokens: tuple[int, ...] = ()
 
     tokens: list[int] = field(default_factory=list)
-    finish: str = ""  # stop, length, invalid or cancelled
+    finish: str = ""  # stop, length, invalid or cancelled; "" until then
     slot: int = -1  # while it runs
-    done: int = 0  # prompt tokens computed
+    done: int = 0  # prompt tokens computed, here or by an earlier request
+    reused: int = 0  # of them, those in the cache when it started
+    kept: int = 0  # pages the cache was told of
     submitted: float = 0.0
     started: float = 0.0
     first_token: float = 0.0
     ended: float = 0.0
+    _keys: list[bytes] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -55,6 +62,24 @@ class Request:
     @property
     def unread(self) -> int:
         return len(self.prompt) - self.done
+
+    @property
+    def computed(self) -> int:
+        """Positions whose keys and values are in the cache: all but the last token's."""
+        return len(self.prompt) + len(self.tokens) - 1 if self.tokens else self.done
+
+    def keys(self, count: int) -> list[bytes]:
+        """Its first `count` pages of tokens."""
+        read = len(self.prompt)
+        for start in range(len(self._keys) * PAGE_TOKENS, count * PAGE_TOKENS, PAGE_TOKENS):
+            end = start + PAGE_TOKENS
+            page = [*self.prompt[start:end], *self.tokens[max(0, start - read) : max(0, end - read)]]
+            self._keys.append(page_key(page))
+        return self._keys[:count]
+
+    def reusable(self) -> list[bytes]:
+        """The pages it need not compute: whole ones, without the last token's."""
+        return self.keys((len(self.prompt) - 1) // PAGE_TOKENS)
 
 
 class RowScheduler:
@@ -127,29 +152,67 @@ class RowScheduler:
         if self._state.n_rows[0] == 0:
             self._torn = False
             return
-        if burst == 1 or chunks or self.queue:
+        # A ring holds the window and a step's rows, so that is how far ahead its pages can be laid out.
+        steps = 1 if chunks or self.queue else min(burst, self._limits.rows)
+        self._move_rings(chunks, steps)
+        if steps == 1:
             self._backend.step()
         else:
-            self._backend.run(burst)
+            self._backend.run(steps)
         for request, count in chunks:
             request.done += count
         self._collect()
         self._torn = False
 
     def _admit(self) -> None:
-        """Start waiting requests in order: one that finds no pages holds up the rest, so none starves."""
-        most = min(self._limits.slots, self._limits.rows)
-        while self.queue and len(self.running) < most:
-            request, slot = self.queue[0], self.slots.index(None)
-            if not self._cache.has_room(request.length):
-                return
-            self.slots[slot] = request
-            self._start(request, slot)
-            self.queue.popleft()
+        """Start waiting requests in order: one that finds no pages holds up the rest, so none starves.
 
-    def _start(self, request: Request, slot: int) -> None:
+        One whose beginning is just being read lets others pass, but for the slot it will need.
+        """
+        most, waiting = min(self._limits.slots, self._limits.rows), 0
+        for request in self.running if self.queue else ():
+            self._keep(request)
+        for request in list(self.queue):
+            if len(self.running) + waiting >= most:
+                return
+            path = self._cache.find(request.reusable())
+            if self._is_being_read(request, len(path)):
+                waiting += 1
+                continue
+            if not self._cache.has_room(request.length, path):
+                return
+            slot = self.slots.index(None)
+            self.slots[slot] = request
+            self._start(request, slot, path)
+            self.queue.remove(request)
+
+    def _is_being_read(self, request: Request, known: int) -> bool:
+        """Whether a running prompt shares more than `known` pages with this one and has yet to compute them."""
+        reading = [other for other in self.running if other.unread] if self._cache.keeps else []
+        shared = [(common_pages(request.reusable(), other.reusable()), other.done) for other in reading]
+        return any(pages > known and done < pages * PAGE_TOKENS for pages, done in shared)
+
+    def _keep(self, request: Request) -> None:
+        """Let others find the pages it has filled since it was last asked."""
+        count = request.computed // PAGE_TOKENS
+        if self._cache.keeps and count > request.kept:
+            self._cache.keep(request.slot, request.keys(count))
+            request.kept = count
+
+    def _move_rings(self, chunks: list[tuple[Request, int]], steps: int) -> None:
+        """Have pages for the positions the next steps write. What a ring would write over is kept first."""
+        ends = [(request, request.done + count) for request, count in chunks]
+        ends += [(r, min(r.computed + steps, r.length)) for r in self.running if r.tokens]
+        for request, end in ends:
+            if end > self._cache.reach(request.slot):
+                self._keep(request)
+                self._cache.grow(request.slot, end)
+
+    def _start(self, request: Request, slot: int, path: Sequence[Node]) -> None:
         state, sampling = self._state, request.sampling
-        self._cache.take(slot, request.length)
+        self._cache.take(slot, request.length, path)
+        request.done = request.reused = len(path) * PAGE_TOKENS
+        request.kept = 0
         state.slot_finished[slot] = state.slot_count[slot] = 0
         # The whole prompt counts as seen from the start: what the penalty does must not depend on the chunks.
         prompt = np.asarray(request.prompt, np.uint32)
@@ -211,9 +274,12 @@ class RowScheduler:
         request = self.slots[slot]
         if request is not None and request.finish == "invalid":
             # Not-a-number in a masked position of a later owner would still poison its sums.
-            for group, pages in enumerate(self._cache.of(slot)):
-                self._backend.zero_pages(group, pages)
+            self._cache.spoil(slot)
+        elif request is not None and request.slot >= 0:
+            request.kept = 0  # all of them again: what others had filed may be gone by now
+            self._keep(request)
         self._cache.release(slot)
+        self._cache.scrub(self._backend.zero_pages)
         self.slots[slot] = None
 
     def _rebuild(self) -> None:

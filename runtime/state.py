@@ -43,6 +43,7 @@ class State:
     slot_count: Int32  # [slots]
     slot_tokens: Int32  # [slots, context]
     pages: Int32  # [cache groups, slots, pages per slot]
+    routing: Int32  # [layers, rows, experts of a row], of a mixture of experts alone
 
     def __init__(self, buffer: NDArray[np.uint8], fields: Iterable[Field]) -> None:
         for field in fields:

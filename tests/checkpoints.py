@@ -111,7 +111,7 @@ def save_random(directory: Path, model_type: str, dtype=torch.float32, seed: int
         for name, parameter in model.named_parameters():
             around = 1.0 if name.endswith("norm.weight") and not model_type.startswith("gemma") else 0.0
             spread = 0.2 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
-            spread *= gain if name.endswith("proj.weight") else 1.0
+            spread *= gain if name.endswith(("proj.weight", "up_proj", "down_proj")) else 1.0
             parameter.copy_(around + spread * torch.randn(parameter.shape, generator=random))
     model.to(dtype).save_pretrained(directory)
     return model

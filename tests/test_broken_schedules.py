@@ -21,7 +21,7 @@ from onelaunch.ir.schedule_text import show_schedule
 from onelaunch.ir.validate import validate
 from onelaunch.ir.vm import Outcome, VirtualMachine
 
-BASES = tuple(product(("llama", "gemma3"), BUCKETS, (1, 2, 3)))
+BASES = tuple(product(("llama", "gemma3", "qwen2_moe"), BUCKETS, (1, 2, 3)))
 PER_BASE = 9  # mutants of each kind
 ALWAYS_WRONG = ("dropped_signal", "wrong_target", "dropped_task", "doubled_task", "wrong_range", "wrong_drain")
 INTERLEAVINGS = (("random", 1), ("burst", 3), ("highest", 0))

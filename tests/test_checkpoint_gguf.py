@@ -77,7 +77,11 @@ def test_gguf_rope_scaling_keys(tmp_path):
 BAD_GGUF = {
     "expected one of llama, qwen2, qwen3, gemma3": {"arch": "mamba"},
     "unknown key `llama.mystery`": {"mystery": 1},
-    "`llama.expert_count`": {"expert_count": 8},
+    "`llama.expert_used_count`": {"expert_count": 8},
+    "`llama.expert_used_count`: expected at most the 8": {"expert_count": 8, "expert_used_count": 9},
+    "`qwen2.expert_count`": {"arch": "qwen2", "expert_count": 8},
+    "`qwen3moe.expert_feed_forward_length`": {"arch": "qwen3moe", "expert_count": 8, "expert_used_count": 2},
+    "unknown key `gpt-oss.expert_gating_func`": {"arch": "gpt-oss", "expert_gating_func": 2},
     "`llama.attention.head_count`: .* no such key": {"attention.head_count": None},
     "`llama.attention.head_count_kv`": {"attention.head_count_kv": 3},
     "`llama.attention.value_length`": {"attention.value_length": 32},

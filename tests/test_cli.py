@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def test_every_command_has_help_without_periods(run: Main, name: str) -> None:
     code, out, _ = run(name, "--help")
     assert code == 0
     assert "--json" in out
-    own = [line for line in out.splitlines() if "Show this message" not in line]  # the library's own words
+    library = ["Show", "this", "message", "and", r"exit\."]  # not our words; the table may wrap them anywhere
+    out = re.sub(r"[\s│]+".join(library), "", out)
+    own = out.splitlines()
     assert not [line for line in own if line.rstrip(" │").endswith(".") and ".." not in line]
 
 

@@ -1,7 +1,7 @@
 """The CUDA backend without a GPU: its protocol against a fake driver, and machines that have no driver.
 
-Each test of cuda_protocol.py and cuda_picking.py is one case here. They run together in a process of their own,
-because the driver library is found by name, once per process: LD_LIBRARY_PATH leads to the fake one there.
+Each test of cuda_protocol.py, cuda_picking.py and cuda_prefix.py is one case here. They run together in a process of
+their own, because the driver library is found by name, once per process: LD_LIBRARY_PATH leads to the fake one there.
 Nothing in this file runs on a GPU.
 """
 
@@ -26,7 +26,7 @@ from onelaunch.runtime.cuda import probe
 from onelaunch.tests import cuda_fake, toy
 
 TESTS = Path(__file__).parent
-INNER = [TESTS / "cuda_protocol.py", TESTS / "cuda_picking.py"]
+INNER = [TESTS / name for name in ("cuda_protocol.py", "cuda_picking.py", "cuda_prefix.py")]
 SOURCE = TESTS / "fake_cuda.cpp"
 NAMES = [getattr(node, "name", "") for file in INNER for node in ast.parse(file.read_text()).body]
 CASES = [name for name in NAMES if name.startswith("test_")]

@@ -60,6 +60,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 72, "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 1,
          "head_dim": 32, "sliding_window": 33, "query_pre_attn_scalar": 2, "vocab_size": 99},
     ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"hidden_size": 96, "num_hidden_layers": 2, "num_experts": 60, "num_experts_per_tok": 4,
+         "moe_intermediate_size": 48, "norm_topk_prob": True, "tie_word_embeddings": False},
+    ),
+    "qwen3_moe, gates as they are": (
+        "qwen3_moe",
+        {"hidden_size": 288, "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 80, "vocab_size": 131, "tie_word_embeddings": True},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"hidden_size": 96, "num_hidden_layers": 2, "num_experts": 60, "num_experts_per_tok": 4,
+         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 72},
+    ),
+    "mixtral": ("mixtral", {"num_hidden_layers": 2, "num_local_experts": 8, "sliding_window": 40}),
+    "mixtral, all experts": (
+        "mixtral", {"num_hidden_layers": 2, "hidden_size": 192, "num_local_experts": 3, "num_experts_per_tok": 3},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"hidden_size": 192, "intermediate_size": 96, "num_hidden_layers": 3, "num_local_experts": 32,
+         "num_experts_per_tok": 4, "sliding_window": 33},
+    ),
 }  # fmt: skip
 
 

@@ -21,6 +21,9 @@ def random_rows(fmt: Format, n: int, k: int, seed: int = 0) -> np.ndarray:
         return rng.standard_normal((n, k)).astype(fmt.record).view(np.uint8)
     raw = rng.integers(0, 256, (n, fmt.row_bytes(k)), dtype=np.uint8)
     records = raw.view(fmt.record)
+    if fmt.scale == "e8m0":
+        records["d"] = rng.integers(112, 126, records.shape)
+        return raw
     for field in {"d", "m"} & set(fmt.record.names or ()):
         records[field] = rng.normal(0, 0.01, records.shape)
     return raw
@@ -51,6 +54,19 @@ def test_golden_q4_0_block():
     raw = np.frombuffer(bytes.fromhex("003802030405060708090a0b0c0d0e0f1011"), np.uint8)
     row = decode(FORMATS["q4_0"], raw[None], 32)[0]
     assert row[[0, 1, 15, 16, 31]].tolist() == [-3, -2.5, -3.5, -4, -3.5]
+
+
+def test_golden_mxfp4_block():
+    raw = np.frombuffer(bytes.fromhex("800f1e2d3c4b5a69788796a5b4c3d2e1f0"), np.uint8)
+    row = decode(FORMATS["mxfp4"], raw[None], 32)[0]
+    assert row[[0, 1, 16, 17, 31]].tolist() == [-12, -8, 0, 1, -12]
+
+
+def test_every_scale_of_mxfp4_decodes_as_the_gguf_package_has_it():
+    raw = random_rows(FORMATS["mxfp4"], 255, 512)
+    raw.view(FORMATS["mxfp4"].record)["d"] = np.arange(255)[:, None]  # subnormal ones too
+    expected = gguf.dequantize(raw, gguf.GGMLQuantizationType.MXFP4)
+    assert same_bits(decode(FORMATS["mxfp4"], raw, 512), expected)
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q8_0", "bf16"])

@@ -34,7 +34,25 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: quant, model type
         "gemma3_text",
         {"hidden_size": 96, "sliding_window": 33, "head_dim": 32, "num_attention_heads": 3, "num_key_value_heads": 1},
     ),
-}
+    "int4 qwen3_moe": (
+        "int4",
+        "qwen3_moe",
+        {"hidden_size": 96, "num_hidden_layers": 2, "num_experts": 6, "num_experts_per_tok": 3,
+         "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "int8 qwen2_moe": (
+        "int8",
+        "qwen2_moe",
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_experts": 20, "num_experts_per_tok": 4,
+         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 96},
+    ),
+    "bf16 gpt_oss": (
+        "",
+        "gpt_oss",
+        {"hidden_size": 96, "intermediate_size": 72, "num_hidden_layers": 2, "num_local_experts": 8,
+         "num_experts_per_tok": 2, "sliding_window": 40},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,9 +140,10 @@ def test_other_rows_of_the_step_do_not_matter(case, seed):
     random_steps(case, case.model, seed)
 
 
+@pytest.mark.parametrize("name", ["int4 gemma3", "int4 qwen3_moe"])
 @pytest.mark.parametrize("target", host_targets()[1:])
-def test_the_other_isa_levels_keep_rows_apart_too(target, compiled, tmp_path_factory):
-    artifact = make(compiled, tmp_path_factory.mktemp("checkpoint"), "int4 gemma3", target)
+def test_the_other_isa_levels_keep_rows_apart_too(target, name, compiled, tmp_path_factory):
+    artifact = make(compiled, tmp_path_factory.mktemp("checkpoint"), name, target)
     with load(artifact, threads=2, target=target) as model:
         prompts = prompts_of(model)
         alone = Compiled(artifact, model, prompts, [all_logits(model, p, ROWS) for p in prompts])

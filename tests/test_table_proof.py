@@ -7,12 +7,13 @@ from functools import cache
 import numpy as np
 import pytest
 
+from onelaunch.codegen.cpu.render import render_step
 from onelaunch.codegen.triton.render import render_kernel
 from onelaunch.compiler.table_proof import AT, joins, reading_faults
 from onelaunch.compiler.weights import packed_weights, weight_plan
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.table import END, lower
-from onelaunch.tests.tiny import FAMILY_NAMES, tiny
+from onelaunch.tests.tiny import FAMILY_NAMES, MOE, tiny
 
 
 @cache
@@ -20,7 +21,7 @@ def lowered(family, workers):
     """(schedule, table, bodies, weight plan) of each bucket."""
     model = tiny(family, "q4_0", hidden=128, ffn=320)
     schedules = {b: model.schedule(b, workers) for b in BUCKETS}
-    bodies = render_kernel(schedules).bodies
+    bodies = render_step(schedules, 0).bodies if family in MOE else render_kernel(schedules).bodies
     plan = weight_plan(packed_weights(model.lowered))
     return {b: (s, lower(s, bodies[b], plan), bodies[b], plan) for b, s in schedules.items()}
 
@@ -36,7 +37,16 @@ def test_every_weight_byte_is_read_by_exactly_one_unit(family, workers, bucket):
     assert reading_faults(schedule, table, bodies, plan) == []
 
 
-@each_family
+@pytest.mark.parametrize(
+    ("family", "count"), [("qwen3_moe", 7), ("mixtral", 7), ("gpt_oss", 7), ("qwen2_moe", 9)]
+)
+def test_a_layer_of_experts_joins_for_router_and_experts_too(family, count):
+    """Gates are made by every worker for itself."""
+    schedule, table, _, _ = lowered(family, 3)["few"]
+    assert {found.count for found in joins(schedule, table) if found.layer >= 0} == {count - 1}
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILY_NAMES if name not in MOE])
 @pytest.mark.parametrize("workers", [3, 132])
 def test_a_dense_layer_joins_five_times(family, workers):
     schedule, table, _, _ = lowered(family, workers)["few"]

@@ -21,10 +21,12 @@ from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
 
 torch.set_num_threads(1)  # tiny tensors: more threads only cost
 FAMILY_NAMES = sorted(p.stem for p in FAMILIES.glob("*.ol"))
+MOE = tuple(name for name in FAMILY_NAMES if "expert_linear" in (FAMILIES / f"{name}.ol").read_text())
 HYPER = {
     "vocab": 96, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96, "eps": 1e-5,
     "query_scale": 0.25, "rope_factor": 1.0, "window": 24, "embed_scale": 1.5, "norm_offset": 0.0,
-    "layer_kinds": ("local", "global", "local"),
+    "layer_kinds": ("local", "global", "local"), "experts": 6, "experts_used": 2, "moe_ffn": 64, "shared_ffn": 32,
+    "norm_topk": 1, "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
 }  # fmt: skip
 LIMITS = Limits(rows=12, slots=2, context=128, outputs=4, few_rows=4, kv_dtype="f32")
 
@@ -104,10 +106,11 @@ def _random(name: str, kind: TensorType, random: torch.Generator) -> torch.Tenso
     values = torch.randn(shape, generator=random)
     if len(shape) == 1:
         return 1 + 0.2 * values if "norm" in name else 0.2 * values
-    values *= 2.0 * shape[1] ** -0.5
+    values *= 2.0 * shape[-1] ** -0.5
     if fmt not in ("q4_0", "q8_0", "f32", "f16", "bf16"):
         return values  # only its shape matters to schedules
-    return torch.from_numpy(decode(FORMATS[fmt], quantize(FORMATS[fmt], values.numpy()), shape[1]))
+    flat = quantize(FORMATS[fmt], values.numpy().reshape(-1, shape[-1]))
+    return torch.from_numpy(decode(FORMATS[fmt], flat, shape[-1]).reshape(shape))
 
 
 ROWS, OUTPUTS, SLOTS, POSITIONS = 5, 2, 2, 16  # of `random_inputs`

@@ -45,6 +45,8 @@ def groups(limits: Limits = LIMITS) -> tuple[CacheGroup, ...]:
 class ToyBackend:
     """The step contract in numpy. `steps` counts them; `rows` remembers how many rows each had."""
 
+    observer = None
+
     def __init__(self, limits: Limits, caches: Sequence[CacheGroup], pages: Sequence[int]) -> None:
         fields = state_fields(limits, VOCAB, len(caches))
         self.state = State(np.zeros(state_bytes(fields), np.uint8), fields)

@@ -10,17 +10,35 @@ from collections.abc import Callable
 from typing import Any
 
 from ...ir.op import Op
-from ...ir.ops import Append, Attend, ElementwiseOp, Embed, HeadNorm, RmsNorm, Rope, RopeAngles, Select
+from ...ir.ops import (
+    Append,
+    Attend,
+    ElementwiseOp,
+    Embed,
+    GroupLimit,
+    HeadNorm,
+    Normalize,
+    RmsNorm,
+    Rope,
+    RopeAngles,
+    Select,
+    Softmax,
+    TopK,
+)
 from ...ir.phases import Phase
-from ...ir.schedule import padded
+from ...ir.schedule import padded, value_floats
 from ...ir.types import Value
 
 POINTWISE: dict[str, Callable[[Any, list[str]], str]] = {
     "add": lambda op, a: f"f_add({a[0]}, {a[1]})",
     "mul": lambda op, a: f"f_mul({a[0]}, {a[1]})",
     "silu": lambda op, a: f"silu({a[0]})",
+    "sigmoid": lambda op, a: f"sigmoid({a[0]})",
     "gelu_tanh": lambda op, a: f"gelu_tanh({a[0]})",
     "scale": lambda op, a: f"f_mul({a[0]}, f_set1({real(op.by)}))",
+    "shift": lambda op, a: f"f_add({a[0]}, f_set1({real(op.by)}))",
+    # In this order of operands a not-a-number stays one.
+    "clamp": lambda op, a: f"f_max(f_set1({real(op.low)}), f_min(f_set1({real(op.high)}), {a[0]}))",
     "softcap": lambda op, a: f"softcap({a[0]}, {real(op.cap)})",
 }
 
@@ -38,7 +56,7 @@ def ident(name: str) -> str:
 
 def stride(value: Value) -> int:
     """Floats from one row of a value to the next in the workspace."""
-    return padded(value.tensor.width)
+    return value_floats(value)
 
 
 def declare(name: str, position: int) -> str:
@@ -55,6 +73,13 @@ def at(value: Value, row: str, column: str) -> str:
     if len(value.tensor.shape) == 1:
         return f"{ident(value.name)} + {column}"
     return f"{ident(value.name)} + size_t({row}) * {stride(value)} + {column}"
+
+
+def load(value: Value, row: str, column: str) -> str:
+    """16 columns of a value; a value of one column is the same in all."""
+    if value.tensor.shape[1:] == (1,):
+        return f"f_set1({ident(value.name)}[size_t({row}) * {stride(value)}])"
+    return f"f_load({at(value, row, column)})"
 
 
 def pointwise(op: Op, operand: Callable[[Value], str]) -> str:
@@ -79,6 +104,11 @@ class RowEmitter:
         if len(value.tensor.shape) == 1:
             return ident(value.name)
         return f"({ident(value.name)} + size_t({self.index}) * {stride(value)})"
+
+    def lanes(self, value: Value) -> str:
+        """16 columns of a value at column `c`; a value of one column is the same in all."""
+        place = self.operand(value)
+        return f"f_set1({place}[0])" if value.tensor.shape[1:] == (1,) else f"f_load({place} + c)"
 
     def emit(self, op: Op) -> None:
         if isinstance(op, Select):
@@ -112,8 +142,17 @@ class RowEmitter:
             case RopeAngles():
                 call = f"{target}, {ident(op.inv_freq.name)}, {width}, s.state.row_position()[row]"
                 return [f"rope_angles({call}, {real(op.factor)});"]
+            case Softmax():
+                return [f"softmax_row({self.operand(op.x)}, {width}, {target});"]
+            case TopK():
+                return [f"top_k_row<{op.k}>({self.operand(op.x)}, {self.operand(op.order)}, {width}, {target});"]
+            case GroupLimit():
+                kind = f"{op.groups}, {op.keep}, {op.best}"
+                return [f"group_limit_row<{kind}>({self.operand(op.x)}, {width}, {target});"]
+            case Normalize():
+                return [f"normalize_row({self.operand(op.x)}, {width}, {real(op.eps)}, {target});"]
             case ElementwiseOp():
-                body = pointwise(op, lambda v: f"f_load({self.operand(v)} + c)")
+                body = pointwise(op, self.lanes)
                 return [f"for (int c = 0; c < {padded(width)}; c += 16) f_store({target} + c, {body});"]
         raise TypeError(f"no row statement for `{op.name}`")
 
@@ -124,9 +163,10 @@ def combine(op: Attend, target: str, index: str, args: dict[str, int]) -> list[s
     splits, window = f"r[ARGS + {args['splits']}]", f"r[ARGS + {args['window']}]"
     source = f"{ident(op.out.name)} + (size_t({index}) * {heads} + h) * {splits} * partial_floats({d})"
     position = f"s.state.row_position()[{index}]"
+    sink = f", {ident(op.sinks.name)} + h" if op.sinks is not None else ""
     return [
         f"for (int h = 0; h < {heads}; ++h)",
-        f"  combine_head({source}, {splits}, {position}, {window}, {d}, {target} + h * {d});",
+        f"  combine_head({source}, {splits}, {position}, {window}, {d}, {target} + h * {d}{sink});",
     ]
 
 
@@ -137,7 +177,7 @@ def lane_epilogue(phase: Phase, part: tuple[Op, ...], ops: tuple[Op, ...], store
     column = f"u * {phase.unit} + c"
 
     def operand(value: Value) -> str:
-        return registers.get(value.name) or f"f_load({at(value, 'row', column)})"
+        return registers.get(value.name) or load(value, "row", column)
 
     lines = [f"for (int c = 0; c < {phase.unit}; c += 16) {{"]
     for i, anchor in enumerate(part):

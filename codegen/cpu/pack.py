@@ -3,9 +3,9 @@
 A matrix [N, K] becomes tiles of 32 rows by all of K, in row order; N is padded to 32 with zero rows, the K
 of dense formats to 32 with zeros. Every piece is a multiple of 64 bytes. Rows of a half (16) are lanes.
 
-    tile        K/32 blocks back to back; formats with superblocks add a tail after each 8
+    tile        K/32 blocks back to back; formats with superblocks add a tail after each 8, mxfp4 after each 2
     block       codes, then 32 rows of each scale: f16 d [, f16 min], or u8 scale, u8 min (i8, i8 for q6_k)
-    tail        f16 d [, f16 dmin]
+    tail        f16 d [, f16 dmin]; of mxfp4 the u8 d of the first block, then of the second
     codes       [half][g][row][i] for k = 4g+i; 4 bits: g and g+4 share a byte, the low nibble is g
     5th bits    [half][row][i], bit g          bits 4-5    [half][g/4][row][i], two bits at 2(g%4)
     dense       f32, f16: [K][32 rows]         bf16: [K/2][32 rows][2]
@@ -77,7 +77,7 @@ def _word(fmt: Format) -> str:
 
 
 class Scale(NamedTuple):
-    """32 rows of one kind of scale: `per_block` of them in each block at `offset`, or in the tail."""
+    """32 rows of one kind of scale: `per_block` of them at `offset` of each block, or of each tail."""
 
     field: str  # of Planes
     dtype: str
@@ -94,6 +94,9 @@ def _scales(fmt: Format) -> Iterator[Scale]:
         yield Scale("sub_d", "u1" if fmt.has_min else "i1", at, per_block)
         if fmt.has_min:
             yield Scale("sub_m", "u1", at + TILE_ROWS)
+    if fmt.scale == "e8m0":
+        yield Scale("d", "u1", 0, fmt.packed_blocks, in_tail=True)
+        return
     at = 0 if fmt.scale == "super" else at
     yield Scale("d", "<f2", at, in_tail=fmt.scale == "super")
     if fmt.has_min:
@@ -102,7 +105,7 @@ def _scales(fmt: Format) -> Iterator[Scale]:
 
 def _blocks_and_tails(fmt: Format, tiles: Array) -> tuple[Array, Array]:
     """Views of tiles [T, bytes]: blocks [T, S, blocks per record, bytes] and tails [T, S, bytes]."""
-    per = fmt.disk_block // BLOCK_K
+    per = fmt.packed_blocks
     split = per * fmt.packed_block_bytes
     supers = tiles.reshape(len(tiles), -1, split + fmt.packed_tail_bytes)
     return supers[:, :, :split].reshape(*supers.shape[:2], per, -1), supers[:, :, split:]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ... import __version__
 from ...ir.access import stored
-from ...ir.bodies import Args, part_epilogue, part_of
+from ...ir.bodies import GATHER_ROWS, Args, part_epilogue, part_of
 from ...ir.errors import expect
 from ...ir.graph import Graph
 from ...ir.limits import (
@@ -29,11 +29,12 @@ from ...ir.limits import (
 from ...ir.op import Op
 from ...ir.ops import Attend, Embed
 from ...ir.phases import Phase
-from ...ir.schedule import BUCKETS, Schedule, padded, unit_rows
+from ...ir.schedule import BUCKETS, Schedule, padded, panel_rows, part_weight, unit_rows
 from ...ir.table import ARGS, FIELDS, RECORD_WORDS, cache_groups, event_count
 from ...ir.types import OUTPUTS, Value
 from ..rendering import Bodies, render_bodies, template
 from . import emit
+from .experts import experts_fields
 
 TEMPLATES = Path(__file__).parent / "templates"
 HEAD_DIM_MAX = 256  # of the attention kernel's stack buffers
@@ -76,12 +77,14 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
         head_dim_max=HEAD_DIM_MAX,
         max_events=max(event_count(s) for s in schedules.values()),
         stop_tokens=STOP_TOKENS,
+        gather_rows=GATHER_ROWS,
+        experts=any(p.anchor_kind == "experts" for g in program.graphs for p in g.phases),
         seen_words=-(-vocab // 32),
         vocab=vocab,
         bodies=listed,
         state_fields=[
             {"name": f.name, "ctype": C_TYPES[f.dtype], "offset": f.offset}
-            for f in state_fields(limits, vocab, len(groups))
+            for f in state_fields(limits, vocab, len(groups), program.routing)
         ],
     )
     return Source(_inline(text, set()), bodies)
@@ -109,6 +112,11 @@ def _body_text(graph: Graph, phase: Phase, name: str, args: Args) -> str:
     match phase.anchor_kind:
         case "linear":
             return _linear(graph, phase, part_of(phase, name), numbers, common)
+        case "experts":
+            part = part_of(phase, name)
+            fields = experts_fields(phase, part, numbers, stored(graph, phase))
+            count = _row_count(part[0].operands[0])
+            return str(template(TEMPLATES, "experts.cpp.j2").render(**common, **fields, row_count=count))
         case "rows":
             return _rows(graph, phase, numbers, common)
         case "attend":
@@ -147,9 +155,11 @@ def _pack(graph: Graph, phase: Phase, name: str, numbers: dict[str, int], common
         lines = emit.combine(source, "packed[m]", "row", numbers)
     else:
         direct = emit.ident(x.name)
+    rows = phase.anchor_kind == "experts"
     return str(
-        template(TEMPLATES, "pack.cpp.j2").render(
+        template(TEMPLATES, "pack_rows.cpp.j2" if rows else "pack.cpp.j2").render(
             **common,
+            each=panel_rows(x),
             ops=[str(op) for op in phase.prologue],
             k=x.tensor.width,
             k_padded=padded(x.tensor.width),
@@ -180,7 +190,7 @@ def _linear(graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str,
     declarations = [emit.declare(n, numbers[n]) for n in pointers]
     if "maxima" in numbers:
         declarations.append(f"float* maxima = s.value(r, {numbers['maxima']});")
-    weight = part[0].operands[1].tensor
+    weight = part_weight(part).tensor
     return str(
         template(TEMPLATES, "linear.cpp.j2").render(
             **common,

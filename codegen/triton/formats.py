@@ -174,7 +174,9 @@ _DENSE = {
     "bf16": DenseReader("bf16", 32, 2, 32, "tl.bfloat16", "{k} // 2 * 64 + {row} * 2 + {k} % 2"),
     "f16": DenseReader("f16", 16, 1, 64, "tl.float16", "{k} * 32 + {row}"),
 }
-READERS: dict[str, Reader | DenseReader] = _DENSE | {f.name: _integer(f) for f in FORMATS.values() if not f.dense}
+READERS: dict[str, Reader | DenseReader] = _DENSE | {
+    f.name: _integer(f) for f in FORMATS.values() if not (f.dense or f.table)
+}
 
 
 def reader(name: str) -> Reader | DenseReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,11 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Write a GPU's modelled step for ui.perfetto.dev", rich_help_panel=VIEW),
     ] = None,
+    routing: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="How often experts would be found, by how many are kept: of a trace that "
+                     "`run --trace-routing` wrote", rich_help_panel=VIEW),
+    ] = None,
     target: Annotated[str, typer.Option(metavar="NAME", help="Target or GPU to show: cpu, sm_90, h200",
                                         show_default="cpu, if there is one")] = "",
     worker: Annotated[int, typer.Option(min=0, help="Worker whose queue is shown")] = 0,
@@ -49,7 +55,7 @@ def command(
     """Show what an artifact holds, how it runs and what a step costs"""
     chosen = [n for n, on in (("tensors", tensors), ("phases", phases), ("schedule", schedule), ("memory", memory),
                               ("ir", ir), ("source", source), ("ptx", ptx), ("sass", sass), ("mix", mix),
-                              ("timeline", timeline)) if on]  # fmt: skip
+                              ("timeline", timeline), ("routing", routing)) if on]  # fmt: skip
     if len(chosen) > 1:
         raise UsageError(f"inspect: expected one view, got {', '.join('--' + c for c in chosen)}")
     from ...runtime.artifact import Artifact
@@ -73,13 +79,22 @@ def command(
     if not view:
         _overview(opened, bandwidth, json)
         return
-    rows = {
+    views: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "tensors": lambda: report.tensors(opened),
         "phases": lambda: report.phases(opened, bandwidth, depth),
         "schedule": lambda: report.queue(report.stored_schedule(opened), worker),
         "memory": lambda: report.memory(opened),
-    }[view]()
+        "routing": lambda: routing_report(routing),
+    }
+    rows = views[view]()
     print_json(rows) if json else TABLES[view](rows, bandwidth, depth)
+
+
+def routing_report(path: Path | None) -> list[dict[str, Any]]:
+    from ..routing_report import hit_rates, read_routing
+
+    assert path is not None
+    return hit_rates(read_routing(path))
 
 
 def _bandwidth(given: float | None) -> float:
@@ -150,4 +165,10 @@ def _memory(rows: list[dict[str, Any]], gbps: float, depth: int) -> None:
     table(f"workspace of {top / 2**20:.2f} MiB", list(zip(names, sides, strict=True)), lines)
 
 
-TABLES = {"tensors": _tensors, "phases": _phases, "schedule": _schedule, "memory": _memory}
+def _routing(rows: list[dict[str, Any]], gbps: float, depth: int) -> None:
+    lines = [[str(r["resident"]), f"{100 * r['fixed']:.1f}", f"{100 * r['lru']:.1f}"] for r in rows]
+    title = "share of expert loads that find theirs, by experts kept per layer"
+    table(title, [("kept", "right"), ("most used %", "right"), ("used last %", "right")], lines)
+
+
+TABLES = {"tensors": _tensors, "phases": _phases, "schedule": _schedule, "memory": _memory, "routing": _routing}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,7 +43,10 @@ MinP = Annotated[
 Penalty = Annotated[float, typer.Option(min=0.01, help="Against tokens seen before, 1 none", rich_help_panel=SAMPLING)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text", rich_help_panel=SAMPLING)]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speeds on stderr")]
-WHERE = ("threads", "context", "device", "segments")
+PrefixCache = Annotated[
+    bool, typer.Option(" /--no-prefix-cache", help="Read again what the KV cache still holds")
+]
+WHERE = ("threads", "context", "device", "segments", "prefix_cache")
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text, may be repeated")]
 
@@ -62,6 +66,7 @@ class Options:
     context: Context = None
     device: Device = "auto"
     segments: Segments = "mega"
+    prefix_cache: PrefixCache = True
     stats: Stats = False
     json: Json = False
 
@@ -95,11 +100,16 @@ def run(
                      show_default="chat if there is a template"),
     ] = None,
     stop: Stop = None,
+    trace_routing: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write which experts every step uses, for `inspect --routing`")
+    ] = None,
 ) -> None:  # fmt: skip
     """Continue a prompt, compiling the model first if need be"""
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = {**options.settings, "stop": tuple(stop or ())}
     with options.open(model) as opened:
+        if trace_routing is not None:
+            opened.trace_routing(trace_routing)
         tokenizer = opened.tokenizer
         if tokenizer is None:
             raise UsageError("run: expected a model with a tokenizer, got none", hint="the checkpoint had none")
@@ -163,7 +173,8 @@ def _turn(model: Model, messages: list[dict[str, str]], options: Options) -> lis
 
 def _stats(result: Generation) -> None:
     t = result.timings
+    reused = f" ({result.reused_tokens} reused)" if result.reused_tokens else ""
     note(
-        f"prompt {result.prompt_tokens} tokens, {t.prompt_per_second:.1f}/s; "
+        f"prompt {result.prompt_tokens} tokens{reused}, {t.prompt_per_second:.1f}/s; "
         f"generated {len(result.tokens)}, {t.decode_per_second:.1f}/s; ended by {result.finish_reason}"
     )

@@ -2,13 +2,16 @@
 
 from ..op import OPS
 from .attention import Append, Attend
-from .elementwise import Add, ElementwiseOp, GeluTanh, Mul, Scale, Silu, Softcap
-from .linear import Embed, Linear, Select
+from .elementwise import Add, Clamp, ElementwiseOp, GeluTanh, Mul, Scale, Shift, Sigmoid, Silu, Softcap
+from .experts import Combine, ExpertLinear
+from .linear import Embed, Linear, MatrixOp, Select
 from .norm import HeadNorm, RmsNorm
 from .output import Commit, Sample
 from .rope import Rope, RopeAngles
+from .route import GroupLimit, Normalize, Softmax, TopK
 
 __all__ = [
-    "OPS", "Add", "Append", "Attend", "Commit", "ElementwiseOp", "Embed", "GeluTanh", "HeadNorm", "Linear", "Mul",
-    "RmsNorm", "Rope", "RopeAngles", "Sample", "Scale", "Select", "Silu", "Softcap",
+    "OPS", "Add", "Append", "Attend", "Clamp", "Combine", "Commit", "ElementwiseOp", "Embed", "ExpertLinear",
+    "GeluTanh", "GroupLimit", "HeadNorm", "Linear", "MatrixOp", "Mul", "Normalize", "RmsNorm", "Rope", "RopeAngles",
+    "Sample", "Scale", "Select", "Shift", "Sigmoid", "Silu", "Softcap", "Softmax", "TopK",
 ]  # fmt: skip

@@ -46,18 +46,20 @@ class Attend(Op):
     """Softmax attention of each row over its slot's positions <= its own, inside the cache's window.
 
     `scale` multiplies the scores; `softcap` > 0 caps them before the softmax. Query head h reads
-    kv head h // (heads / kv_heads).
+    kv head h // (heads / kv_heads). `sinks`: a score per head that has no value, and so only takes
+    part of the probability (gpt-oss).
 
     example:
-        graph f(q: f32[R, 16], kv: kv[2, 4, 0], rows: rows) -> (a) {
-          a: f32[R, 16] = attend(q, kv, rows, scale=0.5, softcap=0.0)
+        graph f(q: f32[R, 16], kv: kv[2, 4, 0], rows: rows, w.sinks: f32[4]) -> (a) {
+          a: f32[R, 16] = attend(q, kv, rows, w.sinks, scale=0.5, softcap=0.0)
         }
     """
 
     q: Value  # [R, heads * head_dim]
     kv: Value
     rows: Value
-    scale: float
+    sinks: Value | None = None  # [heads]
+    scale: float = 1.0
     softcap: float = 0.0
 
     @property
@@ -72,9 +74,12 @@ class Attend(Op):
             f"attend: expected a query of whole groups of {cache.kv_heads} x {cache.head_dim}, got width {width}",
             hint="query heads must be a multiple of kv heads",
         )
+        if self.sinks is not None:
+            heads, got = width // cache.head_dim, self.sinks.tensor.shape
+            expect(got == (heads,), f"attend: expected sinks [{heads}], got {list(got)}")
         return TensorType("f32", (ROWS, width))
 
-    def reference(self, q: Any, kv: Any, rows: Any) -> Any:
+    def reference(self, q: Any, kv: Any, rows: Any, sinks: Any = None) -> Any:
         cache, heads = self.kv.cache, q.shape[-1] // self.kv.cache.head_dim
         out = torch.empty_like(q)
         for r in range(q.shape[0]):
@@ -85,5 +90,7 @@ class Attend(Op):
             scores = query @ k.transpose(1, 2) * self.scale
             if self.softcap:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
-            out[r] = (scores.softmax(-1) @ v).reshape(-1)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.view(cache.kv_heads, -1, 1)], -1)
+            out[r] = (scores.softmax(-1)[..., : k.shape[1]] @ v).reshape(-1)
         return out

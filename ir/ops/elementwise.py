@@ -20,9 +20,9 @@ class ElementwiseOp(Op):
 def _same_or_row(name: str, a: Value, b: Value) -> TensorType:
     wide, other = a.tensor, b.tensor
     expect(
-        other.shape in (wide.shape, wide.shape[-1:]),
+        other.shape in (wide.shape, wide.shape[-1:], (*wide.shape[:-1], 1)),
         f"{name}: expected `{b.name}` as {list(wide.shape)} or [{wide.width}], got {list(other.shape)}",
-        hint="only the second operand may be a single row",
+        hint="only the second operand may be a single row, or one value per row",
     )
     return wide
 
@@ -49,7 +49,7 @@ class Add(ElementwiseOp):
 
 @op
 class Mul(ElementwiseOp):
-    """Multiply two tensors, or every row by one row.
+    """Multiply two tensors, or every row by one row, or every row by a value of its own.
 
     example:
         graph f(x: f32[2, 4], y: f32[2, 4]) -> (z) {
@@ -84,6 +84,25 @@ class Silu(ElementwiseOp):
 
     def reference(self, x: Any) -> Any:
         return torch.nn.functional.silu(x)
+
+
+@op
+class Sigmoid(ElementwiseOp):
+    """`1 / (1 + e^-x)`.
+
+    example:
+        graph f(x: f32[2, 4]) -> (y) {
+          y: f32[2, 4] = sigmoid(x)
+        }
+    """
+
+    x: Value
+
+    def infer(self) -> Type:
+        return self.x.tensor
+
+    def reference(self, x: Any) -> Any:
+        return x.sigmoid()
 
 
 @op
@@ -123,6 +142,48 @@ class Scale(ElementwiseOp):
 
     def reference(self, x: Any) -> Any:
         return x * self.by
+
+
+@op
+class Shift(ElementwiseOp):
+    """Add a constant.
+
+    example:
+        graph f(x: f32[2, 4]) -> (y) {
+          y: f32[2, 4] = shift(x, by=1.0)
+        }
+    """
+
+    x: Value
+    by: float
+
+    def infer(self) -> Type:
+        return self.x.tensor
+
+    def reference(self, x: Any) -> Any:
+        return x + self.by
+
+
+@op
+class Clamp(ElementwiseOp):
+    """Keep values in `low`..`high`.
+
+    example:
+        graph f(x: f32[2, 4]) -> (y) {
+          y: f32[2, 4] = clamp(x, high=7.0, low=-7.0)
+        }
+    """
+
+    x: Value
+    high: float
+    low: float = -1e30
+
+    def infer(self) -> Type:
+        expect(self.low <= self.high, f"clamp: expected low <= high, got {self.low} and {self.high}")
+        return self.x.tensor
+
+    def reference(self, x: Any) -> Any:
+        return x.clamp(self.low, self.high)
 
 
 @op

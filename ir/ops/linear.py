@@ -32,8 +32,15 @@ class Embed(Op):
         return table[rows.token]
 
 
+class MatrixOp(Op):
+    """Marker base: reads a packed weight by tiles of its rows, against a panel of activations."""
+
+    x: Value
+    weight: Value
+
+
 @op
-class Linear(Op):
+class Linear(MatrixOp):
     """`x @ weight.T`, the weight dequantised as its format says.
 
     example:

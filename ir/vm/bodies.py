@@ -14,12 +14,13 @@ from ..bodies import part_epilogue, part_of, sample_scratch_bytes
 from ..graph import Graph
 from ..limits import SPLIT_TOKENS, Limits, partial_floats
 from ..op import Op
-from ..ops import Append, Attend, ElementwiseOp, Select
+from ..ops import Append, Attend, ElementwiseOp, Linear, MatrixOp, Select
 from ..phases import Phase
 from ..reference import RowBatch
 from ..sampling import Sampling, sample
-from ..schedule import LIVE, padded, panel_kind, panel_row_bytes
+from ..schedule import LIVE, padded, panel_kind, panel_row_bytes, panel_rows
 from ..types import OUTPUTS, TensorType, Value
+from .experts import run_experts
 from .memory import Cache, State, Workspace
 
 
@@ -48,7 +49,7 @@ class Call:
         if self.body.startswith("pack."):
             self._pack()
         else:
-            {"linear": self._linear, "attend": self._attend, "rows": self._rows,
+            {"linear": self._linear, "experts": lambda: run_experts(self), "attend": self._attend, "rows": self._rows,
              "sample": self._sample, "commit": self._commit}[self.phase.anchor_kind]()  # fmt: skip
 
     # ---- rows and values --------------------------------------------------------------------
@@ -64,11 +65,17 @@ class Call:
         return self.weights[prefix + value.name.removeprefix("w.")]
 
     def value(self, value: Value) -> Tensor:
-        """All live rows of an activation, [n, width]."""
+        """All live rows of an activation, [n, ..]."""
         producer = self.graph.producer(value)
         if isinstance(producer, Attend):
             return self._combine(producer)
-        return self.space.rows(self.args[value.name], self.count(value), value.tensor.width)
+        return self.place(value, self.args[value.name])
+
+    def place(self, value: Value, offset: int) -> Tensor:
+        """The live rows of an activation at an offset: writing to it writes the workspace."""
+        n, inner = self.count(value), panel_rows(value)
+        rows = self.space.rows(offset, n * inner, value.tensor.width)
+        return rows.view(n, inner, -1) if len(value.tensor.shape) == 3 else rows
 
     def batch(self, tiles: Sequence[int], of_outputs: bool) -> RowBatch:
         """The step's rows cut to `tiles`: rows, or rows of the outputs."""
@@ -104,15 +111,21 @@ class Call:
             return
         prologue = self.phase.prologue
         packed = self.row_values(prologue, tiles, x)[x.name] if prologue else self.value(x)[tiles]
-        size = panel_row_bytes(self.body.removeprefix("pack."), x.tensor.width)
-        self.space.put_panel(self.args["panel"], size, tiles, packed)
+        size, inner = panel_row_bytes(self.body.removeprefix("pack."), x.tensor.width), panel_rows(x)
+        rows = [row * inner + i for row in tiles for i in range(inner)]
+        self.space.put_panel(self.args["panel"], size, rows, packed.reshape(-1, x.tensor.width))
+
+    def panel(self, op: MatrixOp) -> Tensor:
+        """The activation as a matrix reads it, [n, ..]."""
+        n, inner, width = self.count(op.x), panel_rows(op.x), op.x.tensor.width
+        size = panel_row_bytes(panel_kind(op.weight), width)
+        found = self.space.panel(self.args["panel"], size, n * inner, width)
+        return found.view(n, inner, width) if len(op.x.tensor.shape) == 3 else found
 
     def _linear(self) -> None:
-        part = part_of(self.phase, self.body)
-        x, weight, unit = *part[0].operands, self.phase.unit
-        n = self.count(x)
-        size = panel_row_bytes(panel_kind(weight), x.tensor.width)
-        panel = self.space.panel(self.args["panel"], size, n, x.tensor.width)
+        part, unit = part_of(self.phase, self.body), self.phase.unit
+        assert isinstance(part[0], Linear)
+        panel = self.panel(part[0])
         columns = slice(self.first * unit, min(self.last * unit, part[0].out.tensor.width))
         values: dict[str, Any] = {}
         for op in part:
@@ -121,24 +134,28 @@ class Call:
             if isinstance(op, Append):
                 self._append(op, values, columns)
             else:
-                operands = [self._operand(op, v, values, columns) for v in op.operands]
+                operands = [self.operand(op, v, values, columns) for v in op.operands]
                 values[op.out.name] = op.reference(*operands)
-        self._store(values, columns)
+        self.store(values, columns)
 
-    def _operand(self, op: Op, v: Value, values: Mapping[str, Any], columns: slice) -> Tensor:
+    def outputs(self) -> list[tuple[Op, int]]:
+        """The ops whose results are stored, and where."""
+        made = {f"out.{op.out.name}": op for op in self.phase.ops}
+        return [(made[key], offset) for key, offset in self.args.items() if key in made]
+
+    def operand(self, op: Op, v: Value, values: Mapping[str, Any], columns: slice) -> Tensor:
         if v.name in values:
             return values[v.name]  # type: ignore[no-any-return]
         found = self.weight(v, self.args[v.name]) if v.is_weight else self.value(v)
         wide = isinstance(op, ElementwiseOp) and v.tensor.width == op.out.tensor.width
         return found[..., columns] if wide else found
 
-    def _store(self, values: Mapping[str, Any], columns: slice) -> None:
-        for key, offset in self.args.items():
-            if key.startswith("out."):
-                value = next(op.out for op in self.phase.ops if op.out.name == key[4:])
-                self.space.rows(offset, self.count(value), value.tensor.width)[:, columns] = values[value.name]
-                if "maxima" in self.args:
-                    self._maxima(values[value.name], value.tensor.width)
+    def store(self, values: Mapping[str, Any], columns: slice) -> None:
+        for op, offset in self.outputs():
+            value = op.out
+            self.place(value, offset)[:, columns] = values[value.name]
+            if "maxima" in self.args:
+                self._maxima(values[value.name], value.tensor.width)
 
     def _maxima(self, logits: Tensor, vocab: int) -> None:
         """The largest of each 32 logits, one per unit."""
@@ -162,10 +179,8 @@ class Call:
         if not tiles:
             return
         values = self.row_values(self.phase.ops, tiles, result)
-        for key, offset in self.args.items():
-            if key.startswith("out."):
-                value = next(op.out for op in self.phase.ops if op.out.name == key[4:])
-                self.space.rows(offset, self.count(value), value.tensor.width)[tiles] = values[value.name]
+        for op, offset in self.outputs():
+            self.place(op.out, offset)[tiles] = values[op.out.name]
 
     # ---- attention: tiles are (row, kv head, split), partials (m, l, o) in base e ------------
 
@@ -217,8 +232,11 @@ class Call:
         for row, of_row in enumerate(partials):
             lo, hi = self._span(row, self.args["window"])
             live = of_row[:, : (hi - 1) // SPLIT_TOKENS - lo // SPLIT_TOKENS + 1]
-            take = torch.exp(live[..., :1] - live[..., :1].amax(1, keepdim=True))
+            top = live[..., :1].amax(1, keepdim=True)
+            take = torch.exp(live[..., :1] - top)
             total = (live[..., 1:2] * take).sum(1)
+            if op.sinks is not None:
+                total += torch.exp(self.weight(op.sinks, self.args[op.sinks.name])[:, None] - top[:, 0])
             out[row] = ((live[..., 16 : 16 + d] * take).sum(1) / total).flatten()
         return out
 

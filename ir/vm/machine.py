@@ -69,7 +69,7 @@ class VirtualMachine:
         self.weights = {k: torch.as_tensor(v, dtype=torch.float32) for k, v in weights.items()}
         vocab = next(op.operands[0].tensor.width for op in self.program.exit.ops if op.name == "sample")
         self.vocab = vocab
-        self.state = State(state_fields(self.limits, vocab, len(groups)))
+        self.state = State(state_fields(self.limits, vocab, len(groups), self.program.routing))
         self.caches = [Cache(g, self.limits, torch.nan if poison else 0.0) for g in groups]
         for i, cache in enumerate(self.caches):
             self.state.pages[i] = cache.page_table(self.limits.slots, self.limits.pages)
@@ -150,7 +150,7 @@ class VirtualMachine:
         args: dict[str, Any] = {}
         for i, (name, arg) in enumerate(named.items()):
             word = record[ARGS + i]
-            args[name] = word if arg.kind == "number" else word * ALIGN
+            args[name] = word if arg.kind in ("number", "layer") else word * ALIGN
             if arg.kind == "weight":
                 args[name] = self._prefixes[word]
         first, last, step, layer = (record[WORD[f]] for f in ("first", "last", "step", "layer"))

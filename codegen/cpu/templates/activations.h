@@ -9,6 +9,12 @@ inline F silu(F x) {  // x / (1 + e^-x), through e^-|x| so that nothing overflow
   return f_gt_blend(x, f_zero(), up, f_mul(up, e));
 }
 
+inline F sigmoid(F x) {
+  F e = f_exp2(f_mul(f_abs(x), f_set1(-LOG2E)));
+  F up = f_div(f_set1(1.0f), f_add(f_set1(1.0f), e));
+  return f_gt_blend(x, f_zero(), up, f_mul(up, e));
+}
+
 inline F tanh16(F x) {  // sign(x) (1 - e) / (1 + e), e = e^-2|x|
   F e = f_exp2(f_mul(f_abs(x), f_set1(-2.0f * LOG2E)));
   F t = f_div(f_sub(f_set1(1.0f), e), f_add(f_set1(1.0f), e));
@@ -51,11 +57,13 @@ void pack_panel(const float* x, size_t ldx, int K, int rows, uint8_t* panel) {
 }
 
 // One head's finished attention of a row, from the partials of its splits (or from the one already folded).
-inline void combine_head(const float* partials, int splits, int position, int window, int head_dim, float* out) {
+inline void combine_head(const float* partials, int splits, int position, int window, int head_dim, float* out,
+                         const float* sink = nullptr) {
   const int lo = window && position >= window ? position - window + 1 : 0;
   const int count = splits == 1 ? 1 : (position + SPLIT_TOKENS) / SPLIT_TOKENS - lo / SPLIT_TOKENS;
   alignas(64) float total[PARTIAL_O + HEAD_DIM_MAX];
   begin(total, head_dim);
   for (int i = 0; i < count; ++i) fold(total, partials + size_t(i) * partial_floats(head_dim), head_dim);
+  if (sink) add_sink(total, *sink, head_dim);
   finish(out, total, head_dim);
 }

@@ -37,6 +37,14 @@ OL_INLINE void prefetch_ahead(const uint8_t* w) {
   OL_UNROLL for (int line = 0; line < BYTES; line += LINE) prefetch(w + PREFETCH_AHEAD + line);
 }
 
+// x times N: by shifts, as N has few bits.
+template <int N>
+OL_INLINE I times(I x) {
+  constexpr int low = N & -N, bits = __builtin_ctz(low);
+  if constexpr (N == low) return i_sll32(x, bits);
+  else return i_add(i_sll32(x, bits), times<N - low>(x));
+}
+
 // M rows of int8 activations, with their scale per 32 k and their sums per 16 k.
 template <int M>
 struct Q8Panel {
@@ -99,7 +107,7 @@ OL_INLINE void block_q8(const uint8_t* w, const uint8_t* tail, const Q8Panel<M>&
     I sums[HALVES][M];
     OL_UNROLL for (int m = 0; m < M; ++m) {
       I x_sum = Fmt::PARTS == 2 ? i_set1(x.s[part * M + m]) : i_add(i_set1(x.s[m]), i_set1(x.s[M + m]));
-      I start = Fmt::ZERO_LOG2 ? i_sub(i_zero(), i_sll32(x_sum, Fmt::ZERO_LOG2)) : i_zero();
+      I start = Fmt::ZERO ? i_sub(i_zero(), times<Fmt::ZERO>(x_sum)) : i_zero();
       OL_UNROLL for (int h = 0; h < HALVES; ++h) sums[h][m] = start;
     }
     if (Fmt::PARTS == 2) w = opaque(w);  // else GCC keeps the first part's loads for the second, and spills
@@ -125,7 +133,7 @@ OL_INLINE void tile_q8(const uint8_t* w, int K, const uint8_t* panel, F (*acc)[M
       const uint8_t* block = w + b * Fmt::BLOCK_BYTES;
       prefetch_ahead<Fmt::BLOCK_BYTES>(block);
       OL_UNROLL for (int first = 0; first < 2; first += HALVES_AT_ONCE)
-        block_q8<Fmt, M, HALVES_AT_ONCE>(block, tail, x, first, acc);
+        block_q8<Fmt, M, HALVES_AT_ONCE>(block, tail + b * Fmt::TAIL_STEP, x, first, acc);
     }
   }
 }
@@ -208,10 +216,9 @@ OL_INLINE float f_lane(F a, int lane) {
 
 template <class Fmt>
 OL_INLINE void decode_row_q8(const uint8_t* w, int K, int half, int lane, float* out) {
-  const int zero = Fmt::ZERO_LOG2 ? 1 << Fmt::ZERO_LOG2 : 0;
   for (int k = 0; k < K; k += BLOCK_K * Fmt::BLOCKS, w += tile_bytes<Fmt>(BLOCK_K * Fmt::BLOCKS)) {
     const uint8_t* tail = w + Fmt::BLOCKS * Fmt::BLOCK_BYTES;
-    for (int b = 0; b < Fmt::BLOCKS; ++b) {
+    for (int b = 0; b < Fmt::BLOCKS; ++b, tail += Fmt::TAIL_STEP) {
       const uint8_t* block = w + b * Fmt::BLOCK_BYTES;
       float min = 0.0f;
       if constexpr (Fmt::HAS_MIN) min = f_lane(Fmt::min(block, tail, half), lane);
@@ -220,7 +227,7 @@ OL_INLINE void decode_row_q8(const uint8_t* w, int K, int half, int lane, float*
         i_store(codes, Fmt::codes(block, half, g));
         const float scale = f_lane(Fmt::scale(block, tail, half, g * Fmt::PARTS / 8), lane);
         for (int i = 0; i < 4; ++i, ++out) {
-          *out = scale * float(codes[4 * lane + i] - zero);
+          *out = scale * float(codes[4 * lane + i] - Fmt::ZERO);
           if (Fmt::HAS_MIN) *out += min;
         }
       }

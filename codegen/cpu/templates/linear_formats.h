@@ -12,14 +12,15 @@ constexpr int BLOCK_K = 32;
 //   codes(block, half, g)         unsigned codes of 16 rows, k 4g..4g+3
 //   scale(block, tail, half, part)  one f32 per row; `tail` is what follows the last block of a superblock
 //   min(block, tail, half)        HAS_MIN: the value is scale * code + min
-//   ZERO_LOG2                     the value is scale * (code - 2^ZERO_LOG2); 0 means no zero point
+//   ZERO                          the value is scale * (code - ZERO)
+//   TAIL_STEP                     bytes of the tail that are one block's own, if each has some
 //   PARTS                         scales per block: 2 if each 16 k has its own
 //   RUN                           AVX2 only: how many i_dot_add fit 16 bits
 
 // Four bits: 256 B per half. Byte 64j + 4r + i holds k 4j+i in its low and k 16+4j+i in its high nibble.
 struct Nibbles {
   static constexpr Act ACT = Act::Q8;
-  static constexpr int BITS = 4, RUN = 8, PARTS = 1, BLOCKS = 1, TAIL_BYTES = 0, SCALES = 512;
+  static constexpr int BITS = 4, RUN = 8, PARTS = 1, BLOCKS = 1, TAIL_BYTES = 0, TAIL_STEP = 0, SCALES = 512;
   static constexpr bool HAS_MIN = false;
 
   OL_INLINE I codes(const uint8_t* block, int half, int g) {
@@ -59,9 +60,9 @@ struct Bytes : Nibbles {
 OL_INLINE F half_row16(const uint8_t* p, int half) { return f_half((const uint16_t*)p + 16 * half); }
 
 // After the codes, 32 f16 scales; after those, if WITH_MIN, 32 f16 mins.
-template <class Code, int ZERO, bool WITH_MIN = false>
+template <class Code, int ZERO_POINT, bool WITH_MIN = false>
 struct Block32 : Code {
-  static constexpr int ZERO_LOG2 = ZERO, BLOCK_BYTES = Code::SCALES + (WITH_MIN ? 128 : 64);
+  static constexpr int ZERO = ZERO_POINT, BLOCK_BYTES = Code::SCALES + (WITH_MIN ? 128 : 64);
   static constexpr bool HAS_MIN = WITH_MIN;
   OL_INLINE F scale(const uint8_t* block, const uint8_t*, int half, int) {
     return half_row16(block + Code::SCALES, half);
@@ -70,15 +71,30 @@ struct Block32 : Code {
     return half_row16(block + Code::SCALES + 64, half);
   }
 };
-struct Q4_0 : Block32<Nibbles, 3> {};
+struct Q4_0 : Block32<Nibbles, 8> {};
 struct Q4_1 : Block32<Nibbles, 0, true> {};
-struct Q5_0 : Block32<FiveBits, 4> {};
-struct Q8_0 : Block32<Bytes, 7> {};
+struct Q5_0 : Block32<FiveBits, 16> {};
+struct Q8_0 : Block32<Bytes, 128> {};
+
+// After two blocks, 32 exponents of each. E2M1 codes are looked up as twice their value plus 12.
+struct MXFP4 : Nibbles {
+  static constexpr int RUN = 4, ZERO = 12, BLOCK_BYTES = SCALES, BLOCKS = 2, TAIL_BYTES = 64, TAIL_STEP = 32;
+  OL_INLINE I codes(const uint8_t* block, int half, int g) {
+    static const uint8_t twice[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    I v = i_load(block + 256 * half + 64 * (g % 4));
+    return i_lookup16(twice, g < 4 ? v : i_srl16(v, 4));
+  }
+  // Half of 2^(e - 127), e in the exponent's place but for e = 0, which is subnormal.
+  OL_INLINE F scale(const uint8_t*, const uint8_t* tail, int half, int) {
+    F power = f_bits(i_sll32(i_u8(tail + 16 * half), 23));
+    return f_mul(f_max(power, f_bits(i_set1(0x00400000))), f_set1(0.5f));
+  }
+};
 
 // Superblocks of 256 k: each block ends with 32 u8 scales and 32 u8 mins, the tail is 32 f16 d, 32 f16 dmin.
 template <class Code>
 struct Super45 : Code {
-  static constexpr int ZERO_LOG2 = 0, BLOCK_BYTES = Code::SCALES + 64, BLOCKS = 8, TAIL_BYTES = 128;
+  static constexpr int ZERO = 0, BLOCK_BYTES = Code::SCALES + 64, BLOCKS = 8, TAIL_BYTES = 128;
   static constexpr bool HAS_MIN = true;
   OL_INLINE F scale(const uint8_t* block, const uint8_t* tail, int half, int) {
     return f_mul(f_from_i(i_u8(block + Code::SCALES + 16 * half)), half_row16(tail, half));
@@ -92,7 +108,7 @@ struct Q5_K : Super45<FiveBits> {};
 
 // Each block ends with i8 scales: 32 rows for k 0-15, 32 rows for k 16-31. The tail is 32 f16 d.
 struct Q6_K : SixBits {
-  static constexpr int ZERO_LOG2 = 5, BLOCK_BYTES = SCALES + 64, BLOCKS = 8, TAIL_BYTES = 64;
+  static constexpr int ZERO = 32, BLOCK_BYTES = SCALES + 64, BLOCKS = 8, TAIL_BYTES = 64;
   OL_INLINE F scale(const uint8_t* block, const uint8_t* tail, int half, int part) {
     I sub = i_s8((const int8_t*)block + SCALES + 32 * part + 16 * half);
     return f_mul(f_from_i(sub), half_row16(tail, half));

@@ -124,3 +124,10 @@ OL_INLINE __m256i dot8_half(__m256i acc, __m256i codes, __m256i act) {
 OL_INLINE I i_dot8(I acc, I codes, I act) {
   return {dot8_half(acc.lo, codes.lo, act.lo), dot8_half(acc.hi, codes.hi, act.hi)};
 }
+
+// Byte by byte, table[index % 16].
+OL_INLINE I i_lookup16(const uint8_t* table, I index) {
+  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  index = i_and(index, i_set1(0x0f0f0f0f));
+  return {_mm256_shuffle_epi8(both, index.lo), _mm256_shuffle_epi8(both, index.hi)};
+}

@@ -70,4 +70,9 @@ OL_INLINE I i_dot_begin(I start) { return start; }
 OL_INLINE I i_dot_add(I sum, I codes, I act) { return _mm512_dpbusd_epi32(sum, codes, act); }
 OL_INLINE I i_dot_end(I sum, I) { return sum; }
 
+// Byte by byte, table[index % 16]: of an index six bits are read, which a table repeated four times does not mind.
+OL_INLINE I i_lookup16(const uint8_t* table, I index) {
+  return _mm512_permutexvar_epi8(index, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)));
+}
+
 OL_INLINE F f_bfdot(F acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }

@@ -130,3 +130,11 @@ OL_INLINE I i_dot8(I acc, I codes, I act) {
 OL_INLINE I i_dot_begin(I start) { return start; }
 OL_INLINE I i_dot_add(I sum, I codes, I act) { return i_dot(sum, codes, act); }
 OL_INLINE I i_dot_end(I sum, I) { return sum; }
+
+// Byte by byte, table[index % 16].
+OL_INLINE I i_lookup16(const uint8_t* table, I index) {
+  uint8_t bytes[64];
+  i_store(bytes, index);
+  for (uint8_t& b : bytes) b = table[b % 16];
+  return i_load(bytes);
+}
