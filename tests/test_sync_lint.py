@@ -53,7 +53,7 @@ def test_an_asynchronous_copy_over_a_wait_is_flagged(ptx):
         ("ld.acquire.gpu.global.u32 %r1, [%rd1]; @%p1 bra O; bar.sync 0; O: ld.global.b32 %r2, [%rd2];", {"loads"}),
         ("A: st.global.b32 [%rd1], %r1; bra B; C: red.release.gpu.global.add.u32 [%rd2], 1; B: bra C;", {"stores"}),
         ("{ bra OUT; st.global.b32 [%rd1], %r1; OUT: } red.release.gpu.global.add.u32 [%rd2], 1;", set()),
-        ("cp.async.cg.shared.global [%r1], [%rd1], 0x10; cp.async.wait_group 0; ld.relaxed.gpu.u32 %r1, [%rd1];", set()),
+        ("cp.async.ca.shared.global [%r1], [%rd1], 0x4; cp.async.wait_group 0; ld.relaxed.gpu.u32 %r1, [%rd1];", set()),
     ],
 )  # fmt: skip
 def test_every_path_is_followed(code, expected):
