@@ -16,7 +16,7 @@ from ...ir.bodies import UNIT_ROWS
 from ...ir.schedule import STRATEGIES
 from ..rendering import template
 from .build import WARPS
-from .dots import PANEL, Dots, load_asm
+from .dots import PANEL, QUAD, Dots, load_asm
 from .formats import CHUNK_GROUPS, PANEL_WORDS, DenseReader, Reader, reader
 from .rows import PANEL_TYPES
 
@@ -68,33 +68,65 @@ def _tile_words(fmt: Reader | DenseReader) -> str:
 def _core(fmt: Reader | DenseReader, strategy: str, chunk_blocks: int) -> str:
     """The functions that multiply one packed tile."""
     dense, rows = isinstance(fmt, DenseReader), TILE_ROWS[strategy]
+    names = (("one", 1), ("several", rows))
+    halves = "ab" if fmt.name == "f16" else "a"  # words of two rows have a sum for each
     values: dict[str, Any] = {"fmt": fmt, "tile_rows": rows, "panel_words": PANEL_WORDS, "warps": WARPS}
     if isinstance(fmt, DenseReader):
         values |= {
             "panel_type": PANEL_TYPES["bf16" if fmt.name == "bf16" else "f32"],
             "groups": CHUNK_GROUPS,
-            # Words of two rows have a sum for each.
-            "halves": ["a", "b"] if fmt.name == "f16" else ["a"],
-            "sums": "sums_a, sums_b" if fmt.name == "f16" else "sums_a",
-            "variants": [DenseVariant("one", 1, fmt.name), DenseVariant("several", rows, fmt.name)],
+            "sums": ", ".join(f"sums_{half}" for half in halves),
+            "variants": [DenseVariant(f"{name}_{fmt.name}", n, halves) for name, n in names],
         }
     elif strategy == "vector":
         values |= {
             "chunk_blocks": chunk_blocks,
             "dots": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
             "scales": ", ".join(s.name for s in fmt.scales),
-            "variants": [Variant("one", 1, fmt), Variant("several", rows, fmt)],
+            "variants": [Variant(f"{name}_{fmt.name}", n, fmt) for name, n in names],
         }
     return str(template(TEMPLATES, f"{strategy}{'_dense' if dense else ''}.py.j2").render(**values))
 
 
+class _Tile:
+    """How what the threads have is added up and becomes a tile.
+
+    All in one reduction, before it is put beside each other: its order does not depend on how many rows there are, so
+    that one row and several agree to the bit, and what is put beside each other is small.
+    """
+
+    name: str
+    sums: list[str]  # what each thread has, in the order of a tile's rows, then of rows of activations
+    axis: int  # along which threads share a sum
+
+    @property
+    def added(self) -> str:
+        """The function by which the reduction adds all of them at once."""
+        a, b = ([f"{side}{i}" for i in range(len(self.sums))] for side in "ab")
+        total = ", ".join(f"{x} + {y}" for x, y in zip(a, b, strict=True))
+        return f"@triton.jit\ndef added_{self.name}({', '.join(a + b)}):\n    return {total}"
+
+    @property
+    def whole(self) -> str:
+        """The statements that make `y` of them."""
+        listed = ", ".join(self.sums)
+        each = [f"    {s} = tl.sum({s}, axis={self.axis})" for s in self.sums]
+        together = f"    {listed} = tl.reduce(({listed}), {self.axis}, added_{self.name})"
+        return "\n".join(["if INTERPRET:", *each, "else:", together, f"y = {joined(self.sums)}"])
+
+
 @dataclass(frozen=True)
-class Variant:
+class Variant(_Tile):
     """The code of an integer format for some rows of activations at once."""
 
     name: str
     rows: int
     fmt: Reader
+    axis = 1
+
+    @property
+    def sums(self) -> list[str]:  # type: ignore[override]
+        return [f"sums{p}_{j}" for j in range(QUAD) for p in range(self.rows)]
 
     @property
     def parts(self) -> list[Dots]:
@@ -105,27 +137,24 @@ class Variant:
     def activations(self) -> str:
         return ", ".join({"d": "scale0", "t": "whole0"}.get(name, name) for name in PANEL)
 
-    @property
-    def joined(self) -> str:
-        return joined([f"y{p}" for p in range(self.rows)])
-
     load_asm, load_constraints, load_types = load_asm()
 
 
 @dataclass(frozen=True)
-class DenseVariant:
+class DenseVariant(_Tile):
     """The code of a dense format for some rows of activations at once."""
 
     name: str
     rows: int
-    format: str
-
-    def sums(self, p: int, j: int) -> str:
-        return ", ".join(f"sums{p}_{half}{j}" for half in ("ab" if self.format == "f16" else "a"))
+    halves: str  # of a word: names of its sums
+    axis = 0
 
     @property
-    def joined(self) -> str:
-        return joined([f"y{p}" for p in range(self.rows)])
+    def sums(self) -> list[str]:  # type: ignore[override]
+        return [f"sums{p}_{half}{j}" for j in range(QUAD) for half in self.halves for p in range(self.rows)]
+
+    def of(self, p: int, j: int) -> str:
+        return ", ".join(f"sums{p}_{half}{j}" for half in self.halves)
 
 
 def joined(names: Sequence[str]) -> str:
