@@ -164,6 +164,10 @@ class Emission:
         for key, (_, table) in self._tables(code).items():
             np.save(folder.path(f"tables/{key}.npy"), table, allow_pickle=False)
             folder.add(f"tables/{key}.npy")
+        streams = code.gpu.streams if code.gpu else {}
+        for name, count in ((f"tables/{gpu.arch}-{n}.stream.npy", n) for gpu in self.targets.gpus for n in gpu.workers):
+            np.save(folder.path(name), streams[count], allow_pickle=False)
+            folder.add(name)
         for name, text in self.dump.texts.items():
             if name.endswith(".ir"):
                 folder.text(f"ir/{name}", text)

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ..codegen.triton.build import REGISTERS, Kernel
+from ..codegen.triton.build import REGISTERS, Kernel, stages
 from ..codegen.triton.formats import READERS
-from ..codegen.triton.render import Source, render_kernel
+from ..codegen.triton.render import STREAMED, Source, render_kernel
 from ..ir.errors import CompileError
 from ..ir.graph import Program
 from ..ir.limits import Limits
+from ..ir.stream import streams
 from ..ir.table import WeightPlan, lower
 from .artifact import ArtifactFolder, stack_tables
 from .gpu_process import compile_apart
@@ -34,10 +35,12 @@ MIN_DRIVER = {"12": "525", "13": "580"}
 
 @dataclass(frozen=True)
 class GpuCode:
-    """The source, the same for all architectures; task tables by SM count, int32 [2 buckets, SMs, records, 32]."""
+    """The source, the same for all architectures; by SM count task tables, int32 [2 buckets, SMs, records, 32], and
+    weight streams, int64 [SMs, chunks]."""
 
     source: Source
     tables: dict[int, np.ndarray]
+    streams: dict[int, np.ndarray]
 
 
 def refuse_experts(program: Program, gpus: Sequence[GpuTarget]) -> None:
@@ -77,12 +80,18 @@ def render_gpu(gpus: Sequence[GpuTarget], lowered: Lowered, plan: WeightPlan) ->
         return None
     counts = sorted({count for gpu in gpus for count in gpu.workers})
     source = render_kernel(lowered.rendered(counts))
+    chunks = source.chunk_blocks.__getitem__
     ahead = {n: min(m.ahead_bytes for gpu in gpus for m in gpu.machines if m.sms == n) for n in counts}
     tables = {
-        n: stack_tables({b: lower(s, source.bodies[b], plan, ahead[n]) for b, s in lowered.schedules[n].items()})
+        n: stack_tables(
+            {
+                b: lower(s, source.bodies[b], plan, ahead[n], chunks if b == STREAMED else None)
+                for b, s in lowered.schedules[n].items()
+            }
+        )
         for n in counts
     }
-    return GpuCode(source, tables)
+    return GpuCode(source, tables, {n: streams(lowered.schedules[n][STREAMED], plan, chunks) for n in counts})
 
 
 def compile_bucket(gpu: GpuTarget, bucket: str, source: Source, limits: Limits) -> tuple[Kernel, float]:
@@ -91,7 +100,9 @@ def compile_bucket(gpu: GpuTarget, bucket: str, source: Source, limits: Limits) 
     CompileError: it does not compile, or a machine of the target cannot hold it.
     """
     start = time.perf_counter()
-    kernel = compile_apart(source.text, limits, source.kv_names, gpu.number, bucket)
+    chunks = min(stages(source.slot_bytes, machine.shared_bytes_per_block) for machine in gpu.machines)
+    ring = chunks, source.slot_bytes
+    kernel = compile_apart(source.text, limits, source.kv_names, gpu.number, bucket, ring)
     reasons = [f"{gpu.arch}: {kernel.entry}: {r}" for machine in gpu.machines for r in misfits(kernel, machine)]
     if reasons:
         raise CompileError(reasons, hint="leave the machine out, or compile for fewer --rows and --outputs")

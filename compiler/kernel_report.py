@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,9 +122,9 @@ class _Source:
         kernel = next(f for f in self.functions if f.name == entry)
         self.branches: dict[int, tuple[str, tuple[str, ...]]] = {}
         for number in range(kernel.lineno, kernel.end_lineno or 0):
-            test, call = re.match(r"\s+(?:el)?if .*\bbody ==.*:\s*# (.+)", lines[number - 1]), lines[number].strip()
-            if test:
-                self.branches[number + 1] = call.partition("(")[0], tuple(test[1].split(", "))
+            test = re.match(r"\s+(?:el)?if .*\bbody ==.*:\s*# (.+)", lines[number - 1])
+            if test and (called := re.search(r"(\w+)\(", lines[number])):
+                self.branches[number + 1] = called[1], tuple(test[1].split(", "))
         ends = {i for i, line in enumerate(lines, 1) if line.rstrip().endswith(CODES)}
         simple = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
         spans = [range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in simple]
@@ -154,10 +155,16 @@ class _Source:
 
 
 def _main_loops(text: _Source, loops: list[Loop], line: int, threads: int, bits: int) -> tuple[MainLoop, ...]:
-    """The shortest loop of each function that loads codes: first loads, made before a loop, are in those around it."""
+    """The shortest loop of each function that loads codes, one with products if there is any.
+
+    First loads, made before a loop, are in those around it.
+    """
     found: dict[frozenset[tuple[str, ...]], tuple[Loop, list[Instruction]]] = {}
-    for loop in sorted(loops, key=lambda loop: len(loop.code)):
+    for loop in sorted(loops, key=lambda loop: (loop.kind != "matrix", len(loop.code))):
         loads = [i for i in loop.code if text.branch(i) == line and i.lines[0] in text.marked and i.load_bits()]
+        # A statement that reads codes from the ring reads scales and activations as well: narrower, or from afar.
+        ring = [i for i in loads if i.name == "LDS" and i.load_bits() == 128]
+        loads = ring or [i for i in loads if i.name != "LDS"]
         if loads:
             found.setdefault(frozenset(tuple(text.chain(i)) for i in loads), (loop, loads))
     return tuple(_main_loop(text.function(loop, loads), loop, loads, threads, bits) for loop, loads in found.values())
@@ -205,14 +212,14 @@ def budget(branch: Branch, machine: Machine) -> float:
     return machine.issue_budget(FORMATS[branch.format].packed_bits)
 
 
-def alone(source: str, entry: str, function: str) -> str:
-    """The generated module with one branch left in a kernel's table loop: what do the others cost it in registers?"""
-    return ast.unparse(_Alone(entry, function).visit(ast.parse(source)))
+def only(source: str, entry: str, functions: Collection[str]) -> str:
+    """The generated module with some branches left in a kernel's table loop: what do the others cost in registers?"""
+    return ast.unparse(_Only(entry, functions).visit(ast.parse(source)))
 
 
-class _Alone(ast.NodeTransformer):
-    def __init__(self, entry: str, function: str) -> None:
-        self.entry, self.function = entry, function
+class _Only(ast.NodeTransformer):
+    def __init__(self, entry: str, functions: Collection[str]) -> None:
+        self.entry, self.functions = entry, functions
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         return self.generic_visit(node) if node.name == self.entry else node
@@ -220,8 +227,11 @@ class _Alone(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> Any:
         if not any(isinstance(n, ast.Name) and n.id == "body" for n in ast.walk(node.test)):
             return self.generic_visit(node)
-        match node.body:
-            case [ast.Expr(value=ast.Call(func=ast.Name(id=self.function)))]:
-                return node.body
         rest = [self.visit(inner) for inner in node.orelse]
-        return [s for inner in rest for s in (inner if isinstance(inner, list) else [inner])] or ast.Pass()
+        node.orelse = [s for inner in rest for s in (inner if isinstance(inner, list) else [inner])]
+        match node.body:
+            case [ast.Expr(value=ast.Call(func=ast.Name(id=name)))] | [
+                ast.Assign(value=ast.Call(func=ast.Name(id=name)))
+            ] if name in self.functions:
+                return node
+        return node.orelse or ast.Pass()

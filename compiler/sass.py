@@ -52,8 +52,8 @@ class Instruction:
         return self.name in (*BRANCHES, "EXIT", "RET") and not self.predicated
 
     def load_bits(self) -> int:
-        """Bits one thread reads from global memory, or copies from there to shared memory; 0: it does neither."""
-        if self.name not in ("LDG", "LDGSTS"):
+        """Bits one thread reads from memory, or copies from global to shared memory; 0: it does neither."""
+        if self.name not in ("LDG", "LDGSTS", "LDS"):
             return 0
         words = self.opcode.split(".")[1:]
         sizes = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}

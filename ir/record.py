@@ -8,7 +8,7 @@ MAX_WAITS = 2
 # Word positions; the C++ and Triton loops are generated from this list.
 FIELDS = (
     "body", "first", "last", "step", "layer", "wait0", "target0", "wait1", "target1", "signal",
-    "prefetch", "prefetch_size",
+    "prefetch", "prefetch_size", "stream",
 )  # fmt: skip
 ARGS = len(FIELDS)  # words ARGS.. are the body's arguments
 END = -1  # body of the record after a worker's last

@@ -3,6 +3,8 @@
     table = lower(schedule, bodies, weights)
     for launch in per_phase(table):
         ...  # int32 [workers of this launch, records, RECORD_WORDS]
+    for launch, part in streamed(table, stream):
+        ...  # the same, beside the part of the weight stream that it takes: int64 [workers, chunks]
 
 The depth of a record is the larger of the depth of the record before it in its worker's queue and one more than
 that of the records which signal the events it waits for. Records of one depth are one launch; what ordered two
@@ -18,9 +20,10 @@ from numpy.typing import NDArray
 
 from .errors import VerifyError
 from .record import END, FIELDS
+from .stream import PADDING, Stream
 
 SEGMENTS = ("mega", "per-phase")
-BODY, SIGNAL = FIELDS.index("body"), FIELDS.index("signal")
+BODY, SIGNAL, STREAM = (FIELDS.index(name) for name in ("body", "signal", "stream"))
 WAITS, TARGETS = ([FIELDS.index(f"{name}{i}") for i in (0, 1)] for name in ("wait", "target"))
 CLEARED = [*WAITS, SIGNAL, FIELDS.index("prefetch")]
 
@@ -30,6 +33,21 @@ Table = NDArray[np.int32]
 def per_phase(table: Table) -> list[Table]:
     """One table per launch, in order, each with an END record after every worker's last; VerifyError on a deadlock."""
     return [_cut(table, first, end) for first, end in cuts(table)]
+
+
+def streamed(table: Table, stream: Stream) -> list[tuple[Table, Stream]]:
+    """The launches of `per_phase`, each with its own part of the weight stream, from chunk 0 on."""
+    found = []
+    for first, end in cuts(table):
+        launch, worker = _cut(table, first, end), np.arange(len(table))
+        starts, stops = table[worker, first, STREAM], table[worker, end, STREAM]
+        chunks = int((stops - starts).max()) + PADDING
+        part = np.zeros((len(launch), chunks), np.int64)
+        for w in range(len(launch)):
+            part[w, : stops[w] - starts[w]] = stream[w, starts[w] : stops[w]]
+        launch[:, :, STREAM] -= starts[: len(launch), None]
+        found.append((launch, part))
+    return found
 
 
 def cuts(table: Table) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:

@@ -17,6 +17,7 @@ from .graph import Graph
 from .limits import ALIGN
 from .record import ARGS, END, FIELDS, MAX_WAITS, RECORD_WORDS
 from .schedule import PREVIOUS, Schedule, Section, Task
+from .stream import ChunkBlocks, chunk_count
 from .types import CacheType
 
 __all__ = [
@@ -82,20 +83,24 @@ def lower(
     bodies: Mapping[tuple[str, str, str], Body],
     weights: WeightPlan,
     ahead: int | None = None,
+    chunk_blocks: ChunkBlocks | None = None,
 ) -> np.ndarray:
     """int32 [workers, records, RECORD_WORDS]; `bodies` is keyed by (graph, phase, body).
 
     ahead: bytes of the next weights that all workers together ask for before a join, at most; None: AHEAD_BYTES
-    each. Every worker's list ends with a record whose body is END.
+    each. chunk_blocks: of an executor that walks the weight stream (stream.py): records say where they are in it.
+    Every worker's list ends with a record whose body is END.
     """
     asked = Asked(schedule, ahead)
-    queues = [list(_records(schedule, bodies, weights, w, asked)) for w in range(schedule.workers)]
-    longest = max(map(len, queues)) + 1
+    queues = [list(_records(schedule, bodies, weights, w, asked, chunk_blocks)) for w in range(schedule.workers)]
+    longest = max(map(len, queues))
     table = np.zeros((schedule.workers, longest, RECORD_WORDS), np.int32)
     table[:, :, 0] = END
     for w, queue in enumerate(queues):
-        for i, words in enumerate(queue):
+        for i, words in enumerate(queue[:-1]):
+            expect(len(words) <= RECORD_WORDS, f"a record takes {len(words)} words of {RECORD_WORDS}")
             table[w, i, : len(words)] = words
+        table[w, len(queue) - 1 :] = queue[-1]
     return table
 
 
@@ -136,11 +141,12 @@ def _records(
     weights: WeightPlan,
     worker: int,
     asked: Asked,
+    chunk_blocks: ChunkBlocks | None,
 ) -> Iterator[list[int]]:
     groups = cache_groups(schedule.program.kinds, schedule.program.layers)
     place = {layer: i for g in groups for i, layer in enumerate(g.layers)}
     steps = [(schedule.section(g.name), g, layer) for g, layer in schedule.program.sections()]
-    base, before = 0, -1
+    base, before, taken = 0, -1, 0
     for n, (section, graph, layer) in enumerate(steps):
         number = {name: base + i for i, (name, _) in enumerate(section.events)}
         number[PREVIOUS] = before
@@ -152,8 +158,11 @@ def _records(
             words.append(number[task.signal] if task.signal else -1)
             last = i + 1 == len(section.queues[worker])
             words += _prefetch(section, task, layer, following if last else None, weights, worker, asked)
+            words.append(taken)
+            taken += chunk_count(graph, task, chunk_blocks) if chunk_blocks else 0
             yield words + [_argument(schedule, graph.name, layer, a, weights, worker) for a in body.args]
         base, before = base + len(section.events), number.get(section.end, -1)
+    yield [END, *[0] * (len(FIELDS) - 2), taken, *[0] * (RECORD_WORDS - len(FIELDS))]
 
 
 def _waits(task: Task, section: Section, number: Mapping[str, int], previous: Section | None) -> list[int]:

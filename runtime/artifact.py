@@ -152,10 +152,7 @@ class Artifact:
         key = f"{target}-{threads}" if target else str(threads)
         name = f"tables/{key}.npy"
         self._check_certificate(key, name)
-        try:
-            table = np.load(io.BytesIO(self.read(name)), allow_pickle=False)
-        except ValueError as error:
-            raise LoadError(f"{name}: expected an array, got {error}", place=str(self.path)) from error
+        table = self._array(name)
         shape: tuple[int, ...] = np.shape(table)
         records = shape[2] if len(shape) == 4 else 0
         if not records or shape != (2, threads, records, RECORD) or table.dtype != np.int32:
@@ -164,6 +161,23 @@ class Artifact:
                 place=str(self.path),
             )
         return np.ascontiguousarray(table)
+
+    def stream(self, workers: int, target: str) -> NDArray[np.int64]:
+        """The weight stream of a CUDA target's workers, int64 [workers, chunks] (ir/stream.py)."""
+        name = f"tables/{target}-{workers}.stream.npy"
+        stream = self._array(name)
+        if stream.ndim != 2 or len(stream) != workers or stream.dtype != np.int64:
+            raise LoadError(
+                f"{name}: expected int64[{workers}, chunks], got {stream.dtype}{list(stream.shape)}",
+                place=str(self.path),
+            )
+        return np.ascontiguousarray(stream)
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            return np.load(io.BytesIO(self.read(name)), allow_pickle=False)
+        except ValueError as error:
+            raise LoadError(f"{name}: expected an array, got {error}", place=str(self.path)) from error
 
     def _check_certificate(self, key: str, name: str) -> None:
         proof = self.manifest.certificates.get(key)

@@ -96,8 +96,9 @@ def open_backend(
             sizes = memory_plan(artifact.manifest, target, artifact.members[WEIGHTS].size, kv_pages)
             check_memory(context, sizes)
             tables = artifact.tables(workers, target.name)
+            stream = artifact.stream(workers, target.name)
             weights = artifact.verify()
-            backend = CudaBackend(kernel, artifact.manifest, tables, weights, kv_pages, segments)
+            backend = CudaBackend(kernel, artifact.manifest, tables, stream, weights, kv_pages, segments)
             weights.close()
     except BaseException:
         context.close()
@@ -128,6 +129,7 @@ class CudaBackend:
         kernel: Kernel,
         manifest: Manifest,
         tables: NDArray[np.int32],
+        stream: NDArray[np.int64],
         weights: Buffer,
         kv_pages: Sequence[int],
         segments: str = "mega",
@@ -148,7 +150,7 @@ class CudaBackend:
         self.state = self._state
         size = control_bytes(kernel.target)
         self._controls = [self._at["control"] + i * size for i in range(len(BUCKETS))]
-        self._graphs = StepGraphs(kernel, self._stream, tables, segments, self._at, self._controls)
+        self._graphs = StepGraphs(kernel, self._stream, tables, stream, segments, self._at, self._controls)
         self._fault: StepFault | None = None
         self._process = os.getpid()
         self._finalizer = weakref.finalize(self, self._context.close)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import HostError
-from ..ir.segments import per_phase
+from ..ir.segments import streamed
 from .cuda_kernel import Kernel
 
 NOTHING = {"global_scratch": 0, "profile_scratch": 0}
@@ -23,18 +23,20 @@ NOTHING = {"global_scratch": 0, "profile_scratch": 0}
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a step: the address of its table, and the table's sizes."""
+    """One kernel of a step: the addresses of its table and its part of the weight stream, and their sizes."""
 
     table: int
+    stream: int
     workers: int
     records: int
+    chunks: int
 
 
 class StepGraphs:
     """The graph of each bucket, in `replay` order. All calls are made in the kernel's current context.
 
-    tables: int32 [buckets, workers, records, words]; memory: addresses by kernel parameter, `control` as one address
-    per bucket in `controls`.
+    tables: int32 [buckets, workers, records, words]; weight_stream: int64 [workers, chunks]; memory: addresses by
+    kernel parameter, `control` as one address per bucket in `controls`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class StepGraphs:
         kernel: Kernel,
         stream: Any,
         tables: NDArray[np.int32],
+        weight_stream: NDArray[np.int64],
         segments: str,
         memory: Mapping[str, int],
         controls: Sequence[int],
@@ -49,7 +52,9 @@ class StepGraphs:
         self._kernel, self._stream, self._context, self._call = kernel, stream, kernel.context, kernel.call
         self._api = kernel.context.driver.api
         self._memory, self._controls, self._alone = memory, controls, segments == "mega"
-        self.launches = [self._place([table] if self._alone else per_phase(table)) for table in tables]
+        self.launches = [
+            self._place([(table, weight_stream)] if self._alone else streamed(table, weight_stream)) for table in tables
+        ]
         # Copies from memory that is not page-locked may still be under way, and not in our stream.
         self._call("cuCtxSynchronize")
         self._graphs = [self._capture(bucket) for bucket in range(len(tables))]
@@ -73,13 +78,22 @@ class StepGraphs:
         pairs = zip(self._events, self._events[1:], strict=False)
         return [1e-3 * float(self._call("cuEventElapsedTime", a, b)) for a, b in pairs]
 
-    def _place(self, tables: Sequence[NDArray[np.int32]]) -> list[Launch]:
-        """Tables on the device, one after the other; records are whole lines of 128 bytes."""
-        words = np.concatenate([table.reshape(-1) for table in tables])
+    def _place(self, parts: Sequence[tuple[NDArray[np.int32], NDArray[np.int64]]]) -> list[Launch]:
+        """Tables and streams on the device; records are whole lines of 128 bytes."""
+        tables = self._upload([table for table, _ in parts])
+        streams = self._upload([stream for _, stream in parts])
+        return [
+            Launch(at, stream_at, len(table), table.shape[1], stream.shape[1])
+            for (table, stream), at, stream_at in zip(parts, tables, streams, strict=True)
+        ]
+
+    def _upload(self, arrays: Sequence[NDArray[Any]]) -> list[int]:
+        """The arrays on the device, one after the other; their addresses."""
+        words = np.concatenate([array.reshape(-1) for array in arrays])
         at = int(self._context.allocate(words.nbytes))
         self._call("cuMemcpyHtoD", at, words.ctypes.data, words.nbytes)
-        ends = np.cumsum([0, *(table.nbytes for table in tables)])
-        return [Launch(at + int(end), len(t), t.shape[1]) for t, end in zip(tables, ends, strict=False)]
+        ends = np.cumsum([0, *(array.nbytes for array in arrays)])
+        return [at + int(end) for end in ends[:-1]]
 
     def _capture(self, bucket: int, events: Sequence[Any] = ()) -> Any:
         """A bucket's launches as a graph, ready to be replayed."""
@@ -103,7 +117,7 @@ class StepGraphs:
         values = {**self._memory, **NOTHING, "control": self._controls[bucket]}
         self._record(events[:1])
         for i, one in enumerate(self.launches[bucket]):
-            values |= {"table": one.table, "records": one.records}
+            values |= {"table": one.table, "stream": one.stream, "records": one.records, "chunks": one.chunks}
             self._kernel.launch(bucket, one.workers, values, self._stream, together=self._alone)
             self._record(events[i + 1 : i + 2])
 

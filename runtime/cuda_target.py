@@ -9,7 +9,8 @@ from typing import Any
 BUCKETS = ("few", "many")  # rows; in the order of task tables
 CONTROL_EVENTS = 64  # words before the first event counter of a control buffer
 OPTIONAL = {"global_scratch", "profile_scratch"}  # Triton adds them; we give them nothing
-PARAMS = {"table", "control", "weights", "workspace", "state", "records", *OPTIONAL}
+NUMBERS = {"records", "chunks"}  # of a worker in the table and in the weight stream; all others are pointers
+PARAMS = {"table", "stream", "control", "weights", "workspace", "state", *NUMBERS, *OPTIONAL}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class CudaTarget:
         return list(dict.fromkeys(entry.cubin for entry in self.entries))
 
     def tables(self) -> list[str]:
-        return [f"tables/{self.name}-{count}.npy" for count in self.workers]
+        """The files of task tables and of weight streams."""
+        return [f"tables/{self.name}-{count}{kind}.npy" for count in self.workers for kind in ("", ".stream")]
 
     def reasons(self, caches: int) -> list[str]:
         """What is wrong with it, for a model with this many cache groups."""
@@ -97,8 +99,8 @@ class CudaTarget:
         if not wanted - OPTIONAL <= set(names) <= wanted or len(set(names)) != len(names):
             found.append(f"expected `params` {', '.join(sorted(wanted))}, got {', '.join(names)}")
         found += [
-            f"param `{n}`: expected {'i32' if n == 'records' else 'a pointer'}, got `{kind}`"
+            f"param `{n}`: expected {'i32' if n in NUMBERS else 'a pointer'}, got `{kind}`"
             for n, kind in self.params
-            if (kind != "i32" if n == "records" else not kind.startswith("*"))
+            if (kind != "i32" if n in NUMBERS else not kind.startswith("*"))
         ]
         return [f"target `{self.name}`: {reason}" for reason in found]

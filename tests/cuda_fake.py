@@ -17,11 +17,11 @@ from onelaunch.ir.segments import BODY, SIGNAL, TARGETS, WAITS
 from onelaunch.runtime import cuda_driver
 from onelaunch.tests import toy
 
-PARAMS = ["table", "control", "weights", "workspace", "state", "kv0", "kv1", "records"]
+PARAMS = ["table", "control", "weights", "workspace", "state", "kv0", "kv1", "stream", "records", "chunks"]
 PARAMS += ["global_scratch", "profile_scratch"]
 SM90 = {
     "kind": "cuda", "arch": "sm_90", "cubin": "kernels/sm_90/step.cubin", "entry": "step", "num_warps": 8,
-    "shared": 100_000, "params": [[p, "i32" if p == "records" else "*i32"] for p in PARAMS],
+    "shared": 100_000, "params": [[p, "i32" if p in ("records", "chunks") else "*i32"] for p in PARAMS],
     "workers": [8, 66, 132], "control_words": 64 + 32 * 5, "min_driver": "580",
 }  # fmt: skip
 
@@ -88,7 +88,9 @@ def write(root: Path, cpu: bool = False, cubin: str = "", **changes: Any) -> Pat
         (root / kernel["cubin"]).write_bytes(text.encode() + b"\0")
     names = [f"{target['arch']}-{count}" for count in target["workers"]] + (["1"] if cpu else [])
     for name in names:
-        np.save(root / f"tables/{name}.npy", table(int(name.split("-")[-1])))
+        workers = int(name.split("-")[-1])
+        np.save(root / f"tables/{name}.npy", table(workers))
+        np.save(root / f"tables/{name}.stream.npy", np.zeros((workers, 16), np.int64))
     targets: dict[str, Any] = {target["arch"]: target}
     if cpu:
         (root / "kernels/cpu-toy").mkdir()

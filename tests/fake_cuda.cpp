@@ -80,7 +80,7 @@ EXPORT int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size
     ENTER(CURRENT, "cuFuncGetParamInfo", index);
     auto& params = static_cast<Function*>(function)->module->params;
     if (index >= params.size()) return INVALID_VALUE;
-    return *offset = 8 * index, *size = params[index] == "records" ? 4 : 8, OK;
+    return *offset = 8 * index, *size = params[index] == "records" || params[index] == "chunks" ? 4 : 8, OK;
 }
 EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int block, size_t shared) {
     ENTER(CURRENT, "cuOccupancyMaxActiveBlocksPerMultiprocessor", block, shared);
@@ -189,7 +189,7 @@ EXPORT int cuLaunchKernelEx(const Config* c, void* function, void** params, void
     if (int(c->shared) > static_cast<Function*>(function)->shared_allowed) return violate("launched with more shared memory than allowed"), INVALID_VALUE;
     std::map<std::string, uint64_t> args;
     for (size_t i = 0; i < module->params.size(); i++)
-        std::memcpy(&args[module->params[i]], params[i], module->params[i] == "records" ? 4 : 8);
+        std::memcpy(&args[module->params[i]], params[i], module->params[i] == "records" || module->params[i] == "chunks" ? 4 : 8);
     return submit(c->stream, [=, grid = c->grid[0]] { execute(module, args, grid, cooperative); });
 }
 EXPORT int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long) {

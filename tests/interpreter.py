@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 from onelaunch.codegen.triton.build import load_module
 
 LIBRARY = (tl, tl.standard)  # modules with functions that were decorated with Triton's own `jit`
-ELEMENTS = {torch.int32: tl.int32, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+ELEMENTS = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 Handle = interpreter.TensorHandle
 
 

@@ -13,7 +13,7 @@ import torch
 from interpreter import load_interpreted
 from interpreter_grid import launch
 
-from onelaunch.codegen.triton.render import Source, render_kernel
+from onelaunch.codegen.triton.render import STREAMED, Source, render_kernel
 from onelaunch.compiler.verify import ReferenceWeights
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.formats import FORMATS, Format, quantize
@@ -22,6 +22,7 @@ from onelaunch.ir.limits import Limits, kv_pool_bytes, kv_tile_bytes, state_fiel
 from onelaunch.ir.ops import Attend
 from onelaunch.ir.reference import Slot
 from onelaunch.ir.schedule import BUCKETS, Schedule
+from onelaunch.ir.stream import streams
 from onelaunch.ir.table import CacheGroup, cache_groups, lower
 from onelaunch.ir.vm.memory import State
 from onelaunch.models.importer import Imported, family_text, import_checkpoint
@@ -124,7 +125,9 @@ class InterpretedStep:
         packed = packed_weights(program)
         plan = weight_plan(packed)
         self.packed = np.concatenate([pack_one(w, imported) for w in packed])
-        self.tables = {b: lower(s, self.source.bodies[b], plan) for b, s in self.schedules.items()}
+        chunks = self.source.chunk_blocks.get
+        self.tables = {b: lower(s, self.source.bodies[b], plan, None, chunks) for b, s in self.schedules.items()}
+        self.stream = streams(self.schedules[STREAMED], plan, self.source.chunk_blocks.get)
         self.groups = cache_groups(program.kinds, program.layers)
         self.state = State(state_fields(limits, program.logits.tensor.width, len(self.groups)))
         self.workspace = np.zeros(max(s.workspace_bytes for s in self.schedules.values()) // 4, np.float32)
@@ -173,10 +176,11 @@ class InterpretedStep:
         }
         for name, kv in zip(self.source.kv_names, self.kv, strict=True):
             arguments[name] = torch.from_numpy(kv).view(kv_type)
-        arguments["records"] = table.shape[1]
+        arguments |= {"stream": torch.from_numpy(self.stream), "records": table.shape[1]}
+        arguments |= {"chunks": self.stream.shape[1], "STAGES": 0}  # interpreted, weights are read where they are
         fresh = ("workspace",) if whole else ()
         kernel = getattr(self.module, f"step_{bucket}")
-        launch(kernel, arguments, len(table), seed, constant=("table", "weights"), fresh=fresh)
+        launch(kernel, arguments, len(table), seed, constant=("table", "stream", "weights"), fresh=fresh)
 
     def generate(self, prompt: list[int], count: int, first_seed: int = 0) -> list[int]:
         """Greedy tokens of slot 0 from its start."""

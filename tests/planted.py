@@ -181,14 +181,14 @@ def no_barrier_before_heads(text: str) -> str:
 # ---- PTX ----------------------------------------------------------------------------------------
 
 
-def _without_barriers(ptx: str, pattern: str, step: int) -> str:
-    """Without the barriers next to every line like `pattern`, before it (step -1) or after it (1)."""
+def _without_barriers(ptx: str, pattern: str, step: int, end: str = r"\bbra\b|^\$L__BB") -> str:
+    """Without the barriers next to every line like `pattern`, before it (step -1) or after it (1), up to an `end`."""
     lines = ptx.splitlines()
     found = [i for i, line in enumerate(lines) if re.search(pattern, line)]
     assert found, f"the compiled kernel has no `{pattern}` any more"
     for near in found:
         near += step
-        while not re.search(r"\b(ld|st)\.global|cp\.async|\bbra\b|^\$L__BB", lines[near]):
+        while not re.search(rf"\b(ld|st)\.global|cp\.async|{end}", lines[near]):
             if "bar.sync" in lines[near]:
                 lines[near] = ""
             near += step
@@ -209,7 +209,7 @@ def signal_without_release(ptx: str) -> str:
 @_fault("ptx", EMULATOR, LINT)
 def signal_without_barrier(ptx: str) -> str:
     """One thread signals while others still store."""
-    return _without_barriers(ptx, r"gpu\.release\.add", -1)
+    return _without_barriers(ptx, r"gpu\.release\.add", -1, r"st\.shared")
 
 
 @_fault("ptx", EMULATOR, LINT)

@@ -166,19 +166,19 @@ def test_the_kernel_does_not_depend_on_the_process_that_made_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
-    first = compile_apart(TEXT, Limits(), ["kv0"], 90, "few")
+    first = compile_apart(TEXT, Limits(), ["kv0"], 90, "few", (3, 1024))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    assert compile_apart(TEXT, Limits(), ["kv0"], 90, "few") == first
+    assert compile_apart(TEXT, Limits(), ["kv0"], 90, "few", (3, 1024)) == first
     assert first.arch == "sm_90a"
     assert first.cubin[:4] == b"\x7fELF"
 
 
 def test_errors_of_the_other_process_come_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompileError, match="sm_80: Triton could not compile the step"):
-        compile_apart(TEXT.replace("tl.load(table)", "tl.lode(table)"), Limits(), ["kv0"], 80, "few")
+        compile_apart(TEXT.replace("tl.load(table)", "tl.lode(table)"), Limits(), ["kv0"], 80, "few", (3, 1024))
     with pytest.raises(HostError, match=r"sm_80: expected a kernel, got a compiler process that ended with 7"):
-        compile_apart("import os\nos._exit(7)", Limits(), ["kv0"], 80, "few")
+        compile_apart("import os\nos._exit(7)", Limits(), ["kv0"], 80, "few", (3, 1024))
 
 
 def test_a_dump_has_both_sources_and_a_schedule_of_another_machine_is_refused(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import planted
 import pytest
-from compiled_kernels import kernel
+from compiled_kernels import compiled_step, group
 
 from onelaunch.compiler.sync_lint import lint, parse
 
-pytestmark = pytest.mark.xdist_group("kernels of qwen3")
+pytestmark = group("qwen3")
 
 
 @pytest.fixture(scope="module")
 def ptx():
-    return kernel("qwen3", 90, "few").ptx
+    return compiled_step("qwen3", 90).kernel("few").ptx
 
 
 def rules(text):
@@ -38,7 +38,7 @@ def test_faults_of_compiled_code_are_flagged(ptx, fault):
 def test_an_asynchronous_copy_over_a_wait_is_flagged(ptx):
     lines = ptx.splitlines()
     poll = next(i for i, line in enumerate(lines) if "ld.relaxed.gpu" in line)
-    lines.insert(poll, "cp.async.cg.shared.global [%r1], [%rd1], 16;")
+    lines.insert(poll, "cp.async.cg.shared.global [%r1], [%rd1], 0x10;")
     assert "pipeline" in rules("\n".join(lines))
 
 
@@ -53,7 +53,7 @@ def test_an_asynchronous_copy_over_a_wait_is_flagged(ptx):
         ("ld.acquire.gpu.global.u32 %r1, [%rd1]; @%p1 bra O; bar.sync 0; O: ld.global.b32 %r2, [%rd2];", {"loads"}),
         ("A: st.global.b32 [%rd1], %r1; bra B; C: red.release.gpu.global.add.u32 [%rd2], 1; B: bra C;", {"stores"}),
         ("{ bra OUT; st.global.b32 [%rd1], %r1; OUT: } red.release.gpu.global.add.u32 [%rd2], 1;", set()),
-        ("cp.async.cg.shared.global [%r1], [%rd1], 16; cp.async.wait_group 0; ld.relaxed.gpu.u32 %r1, [%rd1];", set()),
+        ("cp.async.ca.shared.global [%r1], [%rd1], 0x4; cp.async.wait_group 0; ld.relaxed.gpu.u32 %r1, [%rd1];", set()),
     ],
 )  # fmt: skip
 def test_every_path_is_followed(code, expected):

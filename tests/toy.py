@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onelaunch.ir.limits import STOP_TOKENS, Limits, state_bytes, state_fields
 from onelaunch.ir.table import FIELDS
 from onelaunch.runtime.backend import StepFault
-from onelaunch.runtime.manifest import CacheGroup
+from onelaunch.runtime.manifest import SCHEMA, CacheGroup
 from onelaunch.runtime.state import State
 
 VOCAB = 260  # 256 bytes, the end token, a spare one, and the two special ones
@@ -194,7 +194,7 @@ def compiled(folder: Path) -> Path:
 def manifest(files: dict[str, str], limits: Limits = LIMITS) -> dict[str, Any]:
     fields = state_fields(limits, VOCAB, len(groups(limits)))
     return {
-        "schema": 1, "onelaunch": "0.0", "name": "toy", "family": "toy", "source": {}, "hyper": {},
+        "schema": SCHEMA, "onelaunch": "0.0", "name": "toy", "family": "toy", "source": {}, "hyper": {},
         "limits": limits.as_dict(), "numerics": "exact", "vocab": VOCAB,
         "state": [{**vars(f), "shape": list(f.shape)} for f in fields],
         "state_bytes": state_bytes(fields), "caches": [dict(vars(g)) for g in groups(limits)],

@@ -27,6 +27,10 @@ REGISTERS = 255  # a thread's limit on every architecture we know; one CTA of 25
 # The variable takes names of any LLVM switches, for Triton to turn on.
 LLVM_SWITCHES = {"DISABLE_LLVM_OPT": "sink-insts-to-avoid-spills"}
 OPTIONS = {"num_stages": 3, "maxnreg": REGISTERS, "launch_cooperative_grid": True}
+SHELF_BYTES = 512  # of shared memory, the last: four records of the task table
+MOST_STAGES = 8  # chunks in the ring, at most
+RING_BYTES = 152 << 10  # what of shared memory the ring may take: the rest is the L1 cache
+OWN_BYTES = 40 << 10  # what Triton takes itself, at most, where the ring is sized
 KV_TYPES = {"bf16": "*bf16", "f32": "*fp32"}
 HIDDEN = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))  # Triton appends both; null when unused
 
@@ -60,7 +64,17 @@ def signature(limits: Limits, kv_names: Sequence[str]) -> dict[str, str]:
     """The kernel's parameters in order and their Triton types."""
     kv = dict.fromkeys(kv_names, KV_TYPES[limits.kv_dtype])
     pointers = {"table": "*i32", "control": "*i32", "weights": "*i32", "workspace": "*fp32", "state": "*i32"}
-    return {**pointers, **kv, "records": "i32"}
+    return {**pointers, **kv, "stream": "*i64", "records": "i32", "chunks": "i32"}
+
+
+def stages(slot_bytes: int, shared_bytes: int) -> int:
+    """Chunks in the ring of a machine with so much shared memory per block. CompileError if it has no room for two."""
+    found = min((min(shared_bytes - OWN_BYTES - SHELF_BYTES, RING_BYTES)) // slot_bytes, MOST_STAGES)
+    if found < 2:
+        raise CompileError(
+            f"expected {OWN_BYTES + SHELF_BYTES + 2 * slot_bytes} bytes of shared memory per block, got {shared_bytes}"
+        )
+    return found
 
 
 @contextmanager
@@ -99,9 +113,18 @@ def load_module(text: str) -> ModuleType:
 
 
 def compile_kernel(
-    text: str, limits: Limits, kv_names: Sequence[str], arch: int, bucket: str, warps: int = WARPS
+    text: str,
+    limits: Limits,
+    kv_names: Sequence[str],
+    arch: int,
+    bucket: str,
+    ring: tuple[int, int],
+    warps: int = WARPS,
 ) -> Kernel:
-    """Compile the kernel of a row bucket for `arch` (90 = sm_90). CompileError where Triton refuses it."""
+    """Compile the kernel of a row bucket for `arch` (90 = sm_90). CompileError where Triton refuses it.
+
+    ring: chunks, and bytes of each, that the kernel has in shared memory behind Triton's own.
+    """
     # FMA contraction as on the CPU's f32 paths is not promised; fixed, so that results do not move with Triton.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
@@ -115,7 +138,9 @@ def compile_kernel(
     types = signature(limits, kv_names)
     names = list(step.arg_names)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")}
-    source = ASTSource(fn=step, signature=types, constexprs={}, attrs=aligned)
+    source = ASTSource(
+        fn=step, signature={**types, "STAGES": "constexpr"}, constexprs={"STAGES": ring[0]}, attrs=aligned
+    )
     options = OPTIONS | {"num_warps": warps}
     try:
         with llvm_switches(), knobs.runtime.scope():
@@ -128,11 +153,16 @@ def compile_kernel(
     params = (*types.items(), *HIDDEN)
     return Kernel(
         code_arch(ptx), made.metadata.name, ptx, cubin, made.metadata.num_warps,
-        made.metadata.shared, usage["registers"], usage["stack"], usage["spills"],
+        launch_shared(made.metadata.shared, ring, bucket), usage["registers"], usage["stack"], usage["spills"],
         usage["static_shared"], params,
         {"triton": triton.__version__, "ptxas": ptxas_version(arch)},
         {**options, **LLVM_SWITCHES, "fp_fusion": os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"},
     )  # fmt: skip
+
+
+def launch_shared(own: int, ring: tuple[int, int], bucket: str) -> int:
+    """Bytes of shared memory a launch asks for: Triton's own, then the ring, then the shelf of records."""
+    return -(-own // 128) * 128 + (ring[0] * ring[1] if bucket == "few" else 0) + SHELF_BYTES
 
 
 def code_arch(ptx: str) -> str:

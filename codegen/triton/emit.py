@@ -14,6 +14,7 @@ from ...ir.limits import PAGE_RUN
 from ...ir.op import Op
 from ...ir.ops import Append, ElementwiseOp, HeadNorm, Rope
 from ...ir.phases import Phase
+from ...ir.record import ARGS
 from ...ir.schedule import padded
 from ...ir.types import Value
 
@@ -45,7 +46,7 @@ def stride(value: Value) -> int:
 
 def declare(name: str, position: int, align_words: int) -> str:
     """The pointer behind one argument: float32 in the workspace, or a vector or table among the weights."""
-    offset = f"tl.load(args + {position}).to(tl.int64) * {align_words}"
+    offset = f"word(record, {ARGS + position}).to(tl.int64) * {align_words}"
     if name.startswith("w."):
         return f"{ident(name)} = weights + {offset}"
     return f"{ident(name)} = workspace + {offset}"
@@ -142,7 +143,7 @@ def append_lines(
     else:
         place = "d * 64 + t" if half == "k" else f"{64 * dim} + t * {dim} + d"
     return [
-        f"group, layer = tl.load(args + {group}), tl.load(record + {layer_word})",
+        f"group, layer = word(record, {ARGS + group}), word(record, {layer_word})",
         "slot = tl.load(state + ROW_SLOT + row, mask=live, other=0)",
         "position = tl.load(state + ROW_POSITION + row, mask=live, other=0)",
         f"page_at = state + PAGES + (group * {sizes['slots']} + slot) * {sizes['slot_pages']} + position // 64",

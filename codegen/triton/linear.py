@@ -16,22 +16,14 @@ from ...ir.bodies import UNIT_ROWS
 from ...ir.schedule import STRATEGIES
 from ..rendering import template
 from .build import WARPS
-from .dots import ROWS, dot_asm
-from .formats import PANEL_WORDS, DenseReader, Reader, reader
+from .dots import PANEL, QUAD, Dots, load_asm
+from .formats import CHUNK_GROUPS, PANEL_WORDS, DenseReader, Reader, reader
 from .rows import PANEL_TYPES
 
 TEMPLATES = Path(__file__).parent / "templates"
 FEW_ROWS = 8  # rows that CUDA cores take through the weights at once
 TILE_ROWS = {"vector": FEW_ROWS, "matrix": UNIT_ROWS}
-DENSE_GROUPS = 4  # groups of lines in flight per thread
-# Rows of a part: what is loaded of the panel must stay below one value per thread, or Triton moves it through
-# shared memory. FEW_ROWS are made of parts.
-PART_ROWS = {"f16": 2}
-JOINED = {
-    1: "tl.broadcast_to(y0, (32, {rows}))",
-    2: "tl.reshape(tl.permute(tl.join(y0, y1), (0, 2, 1)), (32, {rows}))",
-    4: "tl.reshape(tl.permute(tl.join(tl.join(y0, y1), tl.join(y2, y3)), (0, 3, 2, 1)), (32, {rows}))",
-}
+PART_ROWS = 4  # rows of activations that one unpacking of codes serves: more do not fit in registers
 
 
 @dataclass(frozen=True)
@@ -57,13 +49,14 @@ def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapp
         **common,
         bucket=bucket,
         name=name,
+        streamed=strategy == "vector",
         rows_at=rows,
         tile_rows=TILE_ROWS[strategy],
         tile_words=_tile_words(fmt),
         plain=[m for m in mine if not m.heads],
         heads=[m for m in mine if m.heads],
     )
-    return _core(fmt, strategy) + "\n\n" + str(dispatcher)
+    return _core(fmt, strategy, common["chunks"][name]) + "\n\n" + str(dispatcher)
 
 
 def _tile_words(fmt: Reader | DenseReader) -> str:
@@ -72,32 +65,100 @@ def _tile_words(fmt: Reader | DenseReader) -> str:
     return f"blocks * {fmt.block_words}"
 
 
-def _core(fmt: Reader | DenseReader, strategy: str) -> str:
+def _core(fmt: Reader | DenseReader, strategy: str, chunk_blocks: int) -> str:
     """The functions that multiply one packed tile."""
-    rows = TILE_ROWS[strategy]
-    dense = isinstance(fmt, DenseReader)
+    dense, rows = isinstance(fmt, DenseReader), TILE_ROWS[strategy]
+    names = (("one", 1), ("several", rows))
+    halves = "ab" if fmt.name == "f16" else "a"  # words of two rows have a sum for each
     values: dict[str, Any] = {"fmt": fmt, "tile_rows": rows, "panel_words": PANEL_WORDS, "warps": WARPS}
-    if strategy == "vector":
-        part = PART_ROWS.get(fmt.name, 4)
-        counts = {"one": (1, 1), "several": (part, rows // part)}
-        values["variants"] = [(name, m, parts) for name, (m, parts) in counts.items()]
-        values["joined"] = {name: JOINED[parts].format(rows=rows) for name, (_, parts) in counts.items()}
-    if isinstance(fmt, Reader) and strategy == "vector":
-        asm, constraints = dot_asm(fmt)
-        values |= {
-            "asm": asm,
-            "constraints": constraints,
-            "asm_rows": ROWS,
-            "planes": ", ".join(p.name for p in fmt.planes),
-            "outputs": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
-        }
-    if dense:
+    if isinstance(fmt, DenseReader):
         values |= {
             "panel_type": PANEL_TYPES["bf16" if fmt.name == "bf16" else "f32"],
-            "groups": DENSE_GROUPS,
-            "held": ", ".join(f"w{i}" for i in range(DENSE_GROUPS)),
-            # Words of two rows have a sum for each.
-            "halves": (halves := ["a", "b"] if fmt.name == "f16" else ["a"]),
-            "sums": [", ".join(f"sums{p}_{half}" for half in halves) for p in range(4)],
+            "groups": CHUNK_GROUPS,
+            "sums": ", ".join(f"sums_{half}" for half in halves),
+            "variants": [DenseVariant(f"{name}_{fmt.name}", n, halves) for name, n in names],
+        }
+    elif strategy == "vector":
+        values |= {
+            "chunk_blocks": chunk_blocks,
+            "dots": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
+            "scales": ", ".join(s.name for s in fmt.scales),
+            "variants": [Variant(f"{name}_{fmt.name}", n, fmt) for name, n in names],
         }
     return str(template(TEMPLATES, f"{strategy}{'_dense' if dense else ''}.py.j2").render(**values))
+
+
+class _Tile:
+    """How what the threads have is added up and becomes a tile.
+
+    All in one reduction, before it is put beside each other: its order does not depend on how many rows there are, so
+    that one row and several agree to the bit, and what is put beside each other is small.
+    """
+
+    name: str
+    sums: list[str]  # what each thread has, in the order of a tile's rows, then of rows of activations
+    axis: int  # along which threads share a sum
+
+    @property
+    def added(self) -> str:
+        """The function by which the reduction adds all of them at once."""
+        a, b = ([f"{side}{i}" for i in range(len(self.sums))] for side in "ab")
+        total = ", ".join(f"{x} + {y}" for x, y in zip(a, b, strict=True))
+        return f"@triton.jit\ndef added_{self.name}({', '.join(a + b)}):\n    return {total}"
+
+    @property
+    def whole(self) -> str:
+        """The statements that make `y` of them."""
+        listed = ", ".join(self.sums)
+        each = [f"    {s} = tl.sum({s}, axis={self.axis})" for s in self.sums]
+        together = f"    {listed} = tl.reduce(({listed}), {self.axis}, added_{self.name})"
+        return "\n".join(["if INTERPRET:", *each, "else:", together, f"y = {joined(self.sums)}"])
+
+
+@dataclass(frozen=True)
+class Variant(_Tile):
+    """The code of an integer format for some rows of activations at once."""
+
+    name: str
+    rows: int
+    fmt: Reader
+    axis = 1
+
+    @property
+    def sums(self) -> list[str]:  # type: ignore[override]
+        return [f"sums{p}_{j}" for j in range(QUAD) for p in range(self.rows)]
+
+    @property
+    def parts(self) -> list[Dots]:
+        steps = range(0, self.rows, PART_ROWS)
+        return [Dots(self.fmt, tuple(range(p, min(p + PART_ROWS, self.rows))), self.rows > 1) for p in steps]
+
+    @property
+    def activations(self) -> str:
+        return ", ".join({"d": "scale0", "t": "whole0"}.get(name, name) for name in PANEL)
+
+    load_asm, load_constraints, load_types = load_asm()
+
+
+@dataclass(frozen=True)
+class DenseVariant(_Tile):
+    """The code of a dense format for some rows of activations at once."""
+
+    name: str
+    rows: int
+    halves: str  # of a word: names of its sums
+    axis = 0
+
+    @property
+    def sums(self) -> list[str]:  # type: ignore[override]
+        return [f"sums{p}_{half}{j}" for j in range(QUAD) for half in self.halves for p in range(self.rows)]
+
+    def of(self, p: int, j: int) -> str:
+        return ", ".join(f"sums{p}_{half}{j}" for half in self.halves)
+
+
+def joined(names: Sequence[str]) -> str:
+    """The Triton expression that puts a power of two of tiles beside each other, in order, in new last axes."""
+    if len(names) == 1:
+        return names[0]
+    return f"tl.join({joined(names[::2])}, {joined(names[1::2])})"

@@ -16,7 +16,8 @@ from ...ir.access import stored
 from ...ir.bodies import Args, part_epilogue, part_of
 from ...ir.drafting import LONGEST, MATCH_BITS, SHORTEST
 from ...ir.errors import expect
-from ...ir.graph import Graph
+from ...ir.formats import BLOCK_K, FORMATS, TILE_ROWS, packed_bytes
+from ...ir.graph import Graph, Program
 from ...ir.limits import (
     ALIGN,
     PAGE_RUN,
@@ -33,12 +34,14 @@ from ...ir.ops import Append, Attend
 from ...ir.phases import Phase
 from ...ir.sampling import EXP2
 from ...ir.schedule import Schedule, padded, unit_rows
+from ...ir.stream import PIECE, SIZE_BITS
 from ...ir.table import ARGS, FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
 from ...ir.types import OUTPUTS, Value
 from ..rendering import Bodies, BodyText, render_bodies, template
 from . import emit
+from .build import MOST_STAGES, SHELF_BYTES, WARPS
 from .formats import PANEL_WORDS, reader
-from .linear import TEMPLATES, Matrix, linear_text
+from .linear import FEW_ROWS, TEMPLATES, Matrix, linear_text
 from .rows import PANEL_TYPES, RowEmitter
 
 WORD = 4
@@ -47,6 +50,8 @@ EVENTS = 64  # words before the events: the epoch, and the fault record at FAULT
 FAULT = 8
 SPIN_POLLS, FAULT_POLLS = 1 << 12, 1 << 22  # polls before a worker looks for a fault, and before it reports one
 EMPTY = -1e30
+STATE = "slot, queue"  # where a worker is in its weight stream
+STREAMED = "few"  # the bucket whose matrices walk the weight stream
 ATTEND_STAGES = 2  # tiles of the cache in flight
 SAMPLE_CHUNK = 2048  # logits at a time
 LOOK_UP_CHUNK = 1024  # places of a slot's tokens at a time
@@ -63,6 +68,8 @@ class Source:
     bodies: Bodies
     kv_names: tuple[str, ...]
     control_words: int
+    chunk_blocks: dict[str, int]  # most blocks in a chunk of the weight stream, by weight format
+    slot_bytes: int  # a place in the ring: the largest chunk of the weight stream, and one of its entries
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,19 @@ class Renderer:
         self.state = {f.name: f.offset // WORD for f in fields}
         self.kv_names = tuple(f"kv{i}" for i in range(len(self.groups)))
         self.places: dict[str, int] = {}  # where every linear body has its common arguments
+        self.chunk_blocks = _chunk_blocks(self.program)
+        sizes = [packed_bytes(FORMATS[name], TILE_ROWS, BLOCK_K * n) for name, n in self.chunk_blocks.items()]
+        self.slot_bytes = padded(max(sizes) + PIECE, ALIGN)
+        expect(
+            min(self.limits.few_rows, self.limits.rows) <= FEW_ROWS,
+            f"expected few_rows of at most {FEW_ROWS} for a GPU, got {self.limits.few_rows}",
+        )
 
     def render(self) -> Source:
         listed, bodies = render_bodies(self.schedules, self._body, "#")
         matrices = self._matrices(listed, bodies)
         formats = tuple(dict.fromkeys(m.format for m in matrices))
-        common = self._common({}) | {"common": self.places}
+        common = self._common({}) | {"common": self.places, "chunks": self.chunk_blocks}
         linear = [linear_text(name, b, matrices, common) for b in self.schedules for name in formats]
         text = template(TEMPLATES, "step.py.j2").render(
             program=self.program,
@@ -103,10 +117,14 @@ class Renderer:
             kv_names=", ".join(self.kv_names),
             fault=FAULT,
             record_words=RECORD_WORDS,
+            record_bytes=WORD * RECORD_WORDS,
+            streamed=STREAMED,
+            slot_bytes=self.slot_bytes,
             word={name: i for i, name in enumerate(FIELDS)},
         )
         ast.parse(text)
-        return Source(text, bodies, self.kv_names, EVENTS + EVENT_STRIDE * self.events)
+        words = EVENTS + EVENT_STRIDE * self.events
+        return Source(text, bodies, self.kv_names, words, self.chunk_blocks, self.slot_bytes)
 
     def _matrices(self, listed: Sequence[BodyText], bodies: Bodies) -> tuple[Matrix, ...]:
         """The bodies that are matrices, by number."""
@@ -130,12 +148,14 @@ class Renderer:
         for body in listed:
             if body.code not in codes:
                 last = ", control" if body.title.endswith(".commit") else ""
-                call = f"body_{body.code}(record, first, last, stride, {where}{last})"
+                call = f"body_{body.code}(here, first, last, stride, {where}{last})"
                 cases.append(Case(f"body == {body.code}", body.title, call))
         for name in dict.fromkeys(m.format for m in matrices):
             mine = [m for m in matrices if m.format == name]
             test = " | ".join(f"(body == {m.code})" for m in mine)
-            call = f"{bucket}_linear_{name}(body, record, first, last, {where})"
+            call = f"{bucket}_linear_{name}(body, here, first, last, {where})"
+            if bucket == STREAMED:
+                call = f"{STATE} = {call[:-1]}, ring, {STATE}, piece, STAGES)"
             cases.append(Case(test, ", ".join(m.title for m in mine), call))
         return cases
 
@@ -155,6 +175,16 @@ class Renderer:
             align_words=ALIGN // WORD,
             prefetch_lines=512,
             panel_words=PANEL_WORDS,
+        )
+        text += "\n\n" + template(TEMPLATES, "stream.py.j2").render(
+            record_words=RECORD_WORDS,
+            shelf_bytes=SHELF_BYTES,
+            size_bits=SIZE_BITS,
+            piece=PIECE,
+            fetch_bytes=32 * WARPS * PIECE,
+            fetches=-(-self.slot_bytes // (32 * WARPS * PIECE)),
+            slot_bytes=self.slot_bytes,
+            most_stages=MOST_STAGES,
         )
         constants = [f"{name.upper()} = tl.constexpr({offset})" for name, offset in self.state.items()]
         return "\n".join(constants) + "\n\n\n" + text + "\n\n" + self._group_functions()
@@ -342,6 +372,13 @@ class Renderer:
                 output_lanes=emit.lanes(limits.outputs),
             )
         )
+
+
+def _chunk_blocks(program: Program) -> dict[str, int]:
+    """Most blocks of 32 k in a chunk of the weight stream, by weight format."""
+    phases = (phase for graph in program.graphs for phase in graph.phases if phase.anchor_kind == "linear")
+    names = dict.fromkeys(op.operands[1].tensor.dtype for phase in phases for op in phase.anchor)
+    return {name: reader(name).chunk_blocks for name in names}
 
 
 def kv_element(limits: Limits) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from ...ir.limits import PARTIAL_HEADER, SPLIT_TOKENS, partial_floats
 from ...ir.op import Op
 from ...ir.ops import Attend, ElementwiseOp, Embed, RmsNorm, RopeAngles, Select
+from ...ir.record import ARGS
 from ...ir.schedule import padded
 from ...ir.types import Value
 from .emit import POINTWISE, ident, lanes, stride
 from .formats import DenseReader, Reader, reader, tile_words
 
-CHUNK = 2048  # values of a row at a time: eight per thread
+CHUNK = 4096  # values of a row at a time: all their loads are one latency
 PANEL_TYPES = {"q8": "tl.int32", "bf16": "tl.bfloat16", "f32": "tl.float32"}
 
 
@@ -125,7 +126,8 @@ class RowEmitter:
 
     def _fold_numbers(self) -> list[str]:
         return [
-            f"splits, window = tl.load(args + {self.numbers['splits']}), tl.load(args + {self.numbers['window']})",
+            f"splits = word(record, {ARGS + self.numbers['splits']})",
+            f"window = word(record, {ARGS + self.numbers['window']})",
             "position = tl.load(state + ROW_POSITION + row)",
             "lowest = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)",
             f"count = tl.where(splits == 1, 1, position // {SPLIT_TOKENS} + 1 - lowest // {SPLIT_TOKENS})",
