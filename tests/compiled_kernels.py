@@ -117,15 +117,17 @@ def checkpoint(family: str) -> Path:
     return path
 
 
-def limits(family: str) -> Limits:
-    return Limits(**LIMITS, kv_dtype=FAMILIES[family][3])
+def limits(family: str, drafts: int = 0) -> Limits:
+    room = {"outputs": 2 * LIMITS["outputs"], "drafts": drafts} if drafts else {}
+    return Limits(**{**LIMITS, **room}, kv_dtype=FAMILIES[family][3])
 
 
 class CompiledStep:
     """One model's kernels for one architecture, with all they are made from."""
 
-    def __init__(self, family: str, arch: int) -> None:
-        imported, self.limits, self.arch = import_checkpoint(open_checkpoint(checkpoint(family))), limits(family), arch
+    def __init__(self, family: str, arch: int, drafts: int = 0) -> None:
+        imported = import_checkpoint(open_checkpoint(checkpoint(family)))
+        self.limits, self.arch = limits(family, drafts), arch
         program = imported.program
         for _, change in GRAPH_PASSES:
             program = program.map(lambda g, c=change: c(g, Options(FAMILIES[family][1]))).verify()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from emulated import FAMILIES, PROMPT, EmulatedStep, checkpoint, emulator, limits_of
+from compiled_kernels import FAMILIES, CompiledStep, checkpoint, group, limits
+from emulated import PROMPT, EmulatedStep, emulator
 
-from onelaunch.ir.limits import Limits
 from onelaunch.runtime import load
 from onelaunch.tests.compiled import ArtifactCache
 
-pytestmark = pytest.mark.xdist_group("emulated")
-FAMILY = next(iter(FAMILIES))
+FAMILY = "llama"
+pytestmark = group(FAMILY)
 COUNT = 10
 
 
@@ -18,11 +18,10 @@ COUNT = 10
 def test_text_with_drafts_is_the_cpu_targets(arch: int, compiled: ArtifactCache) -> None:
     """What it will say, but for one token, is put where it is looked up."""
     emulator()
-    given = limits_of(FAMILY)
-    artifact = compiled(checkpoint(FAMILY), quant=FAMILIES[FAMILY][1], limits=given)
+    artifact = compiled(checkpoint(FAMILY), quant=FAMILIES[FAMILY][1], limits=limits(FAMILY).as_dict())
     with load(artifact) as cpu:
         said = cpu.generate(PROMPT, max_new_tokens=COUNT, stop_tokens=[]).tokens
-    gpu = EmulatedStep(checkpoint(FAMILY), Limits(**{**given, "outputs": 8, "drafts": 2}), FAMILIES[FAMILY][1], arch)
+    gpu = EmulatedStep(CompiledStep(FAMILY, arch, drafts=2))
     state, steps = gpu.state, 0
     state["slot_limit"][0] = len(PROMPT) + COUNT - 1
     state["slot_drafts_most"][0] = state["slot_drafts"][0] = 2
