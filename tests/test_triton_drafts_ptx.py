@@ -6,6 +6,10 @@ import pytest
 from compiled_kernels import FAMILIES, CompiledStep, checkpoint, group, limits
 from emulated import PROMPT, EmulatedStep, emulator
 
+from onelaunch.compiler.kernel_report import body_formats, problems, report
+from onelaunch.compiler.machines import machine_for
+from onelaunch.compiler.sync_lint import lint
+from onelaunch.ir.schedule import BUCKETS
 from onelaunch.runtime import load
 from onelaunch.tests.compiled import ArtifactCache
 
@@ -14,14 +18,25 @@ pytestmark = group(FAMILY)
 COUNT = 10
 
 
-@pytest.mark.parametrize("arch", [90])
-def test_text_with_drafts_is_the_cpu_targets(arch: int, compiled: ArtifactCache) -> None:
+@pytest.fixture(scope="module")
+def step() -> CompiledStep:
+    return CompiledStep(FAMILY, 90, drafts=2)
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_it_spills_nothing_and_keeps_the_rules_of_synchronisation(step: CompiledStep, bucket: str) -> None:
+    found = report(step.kernel(bucket), step.source.text, body_formats(step.program))
+    assert problems(found, machine_for("sm_90")) == []
+    assert lint(step.kernel(bucket).ptx) == []
+
+
+def test_text_with_drafts_is_the_cpu_targets(step: CompiledStep, compiled: ArtifactCache) -> None:
     """What it will say, but for one token, is put where it is looked up."""
     emulator()
     artifact = compiled(checkpoint(FAMILY), quant=FAMILIES[FAMILY][1], limits=limits(FAMILY).as_dict())
     with load(artifact) as cpu:
         said = cpu.generate(PROMPT, max_new_tokens=COUNT, stop_tokens=[]).tokens
-    gpu = EmulatedStep(CompiledStep(FAMILY, arch, drafts=2))
+    gpu = EmulatedStep(step)
     state, steps = gpu.state, 0
     state["slot_limit"][0] = len(PROMPT) + COUNT - 1
     state["slot_drafts_most"][0] = state["slot_drafts"][0] = 2
