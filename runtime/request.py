@@ -23,7 +23,6 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: tuple[int, ...] = ()
-
     drafts: int = 0  # guesses a step may have, of a step compiled to have any
 
     tokens: list[int] = field(default_factory=list)
@@ -32,7 +31,7 @@ class Request:
     done: int = 0  # prompt tokens computed, here or by an earlier request
     reused: int = 0  # of them, those in the cache when it started
     kept: int = 0  # pages the cache was told of
-    steps: int = 0  # that committed tokens; it and the next two stay zero in a step compiled without drafts
+    steps: int = 0  # that committed tokens; it and the next two are counted where there are drafts
     drafted: tuple[int, ...] = ()  # how often a step had an n-th guess
     accepted: tuple[int, ...] = ()  # how often that was right
     submitted: float = 0.0

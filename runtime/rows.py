@@ -215,7 +215,7 @@ class RowScheduler:
                     request.tokens.append(token)
             if not had and request.tokens:
                 request.first_token = now
-            if self._limits.drafts:
+            if request.drafts:
                 request.steps = int(state.slot_steps[slot])
                 request.drafted = tuple(state.slot_drafted[slot].tolist())
                 request.accepted = tuple(state.slot_accepted[slot].tolist())

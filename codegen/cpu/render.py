@@ -15,7 +15,7 @@ from typing import Any
 from ... import __version__
 from ...ir.access import stored
 from ...ir.bodies import GATHER_ROWS, Args, part_epilogue, part_of
-from ...ir.drafting import LONGEST, SHORTEST
+from ...ir.drafting import LONGEST, MATCH_BITS, SHORTEST
 from ...ir.errors import expect
 from ...ir.graph import Graph
 from ...ir.limits import (
@@ -80,6 +80,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
         head_dim_max=HEAD_DIM_MAX,
         max_events=max(event_count(s) for s in schedules.values()),
         stop_tokens=STOP_TOKENS,
+        match_bits=MATCH_BITS,
         gather_rows=GATHER_ROWS,
         experts=any(p.anchor_kind == "experts" for g in program.graphs for p in g.phases),
         seen_words=-(-vocab // 32),
