@@ -52,31 +52,43 @@ class DirectRows:
         self._state.n_rows[0] = self._state.n_outputs[0] = 0
         return self._backend.logits(len(outputs)).copy()
 
-    def bench_decode(self, steps: int, depth: int, rows: int) -> list[float]:
-        """Seconds of each of `steps` greedy steps of `rows` slots from position `depth` on."""
-        capacity = self._cache.capacity
-        if steps < 1 or depth < 0 or depth + steps > capacity:
-            raise UsageError(f"bench: expected depth + steps of 1 to {capacity}, got {depth} + {steps}")
-        most = min(self._limits.slots, self._limits.rows)
-        if not 1 <= rows <= most:
-            raise UsageError(f"bench: expected 1 to {most} rows, got {rows}")
-        slots = list(range(rows))
-        for slot in slots:
+    def bench_decode(self, steps: int, depth: int, slots: int, rows: int) -> list[float]:
+        """Seconds of each of `steps` greedy steps of `rows` neighbouring tokens of each of `slots` slots.
+
+        They are at position `depth` and behind; every step moves them on by one.
+        """
+        self._check_bench(steps, depth, slots, rows)
+        every, limit = list(range(slots)), depth + steps + rows - 1
+        for slot in every:
             self._fill(slot, depth)
-        for slot in slots:
-            self._advance(slot, depth, depth + steps)
-        self._state.slot_limit[slots] = depth + steps
-        self._state.slot_finished[slots] = self._state.slot_count[slots] = 0
-        self._write(fixed_tokens(depth, depth + 1, self._vocab) * rows, slots, [depth] * rows, slots)
+        for slot in every:
+            self._advance(slot, depth, limit)
+        self._state.slot_limit[every] = limit
+        self._state.slot_finished[every] = self._state.slot_count[every] = 0
+        tokens, positions = fixed_tokens(depth, depth + rows, self._vocab), range(depth, depth + rows)
+        self._write(tokens * slots, [slot for slot in every for _ in range(rows)], [*positions] * slots, range(slots * rows))
         times = []
         for _ in range(steps):
             start = time.perf_counter()
             self._backend.step()
             times.append(time.perf_counter() - start)
-        self._state.slot_limit[slots] = 0
-        if (self._state.slot_count[slots] != steps).any() or (self._state.slot_finished[slots] != 2).any():
-            raise VerifyError(f"bench: expected {steps} tokens in each slot, got not-a-number logits")
+        self._state.slot_limit[every] = 0
+        if (self._state.slot_count[every] != steps * rows).any() or (self._state.slot_finished[every] != 2).any():
+            raise VerifyError(f"bench: expected {steps * rows} tokens in each slot, got not-a-number logits")
         return times
+
+    def _check_bench(self, steps: int, depth: int, slots: int, rows: int) -> None:
+        limits, capacity = self._limits, self._cache.capacity
+        if min(steps, rows) < 1 or depth < 0 or depth + steps + rows - 1 > capacity:
+            raise UsageError(
+                f"bench: expected steps and rows from position 0 to {capacity}, got {steps} steps of {rows} rows "
+                f"from {depth} on"
+            )
+        most = min(limits.rows, limits.outputs)
+        if not 1 <= slots <= limits.slots or slots * rows > most:
+            raise UsageError(
+                f"bench: expected 1 to {limits.slots} slots and {most} rows in all, got {slots} slots of {rows} rows"
+            )
 
     def bench_prefill(self, count: int) -> float:
         """Seconds to read a prompt of `count` tokens and choose its first token."""

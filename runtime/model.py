@@ -134,9 +134,9 @@ class Model:
         """Forget what `step` and the benchmarks cached."""
         self._directly(lambda direct: direct.release())
 
-    def bench_decode(self, n: int, depth: int, rows: int = 1) -> list[float]:
-        """Seconds of each of `n` steps of `rows` slots from `depth` cached tokens on."""
-        return self._directly(lambda direct: direct.bench_decode(n, depth, rows))
+    def bench_decode(self, n: int, depth: int, slots: int = 1, rows: int = 1) -> list[float]:
+        """Seconds of each of `n` steps of `rows` tokens of each of `slots` slots, from `depth` cached tokens on."""
+        return self._directly(lambda direct: direct.bench_decode(n, depth, slots, rows))
 
     def bench_prefill(self, n: int) -> float:
         """Seconds to read a prompt of `n` tokens, up to its first generated token."""

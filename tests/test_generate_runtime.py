@@ -223,13 +223,20 @@ def test_wrong_rows_are_refused(model: Model, rows: tuple[list[int], ...], reaso
 
 def test_benchmarks_time_steps_and_leave_the_model_usable(model: Model) -> None:
     assert len(model.bench_decode(20, depth=100)) == 20
-    assert len(model.bench_decode(5, depth=300, rows=3)) == 5
+    assert len(model.bench_decode(5, depth=300, slots=3)) == 5
     assert len(model.bench_decode(5, depth=0)) == 5
     assert model.bench_prefill(200) > 0
     assert model.read_gbps() > 0
     assert model.generate([1, 2], max_new_tokens=9).tokens == answer([1, 2], 9)
-    with pytest.raises(UsageError, match=r"1 to 512, got 510 \+ 5"):
+    assert len(model.bench_decode(5, depth=300, slots=2, rows=2)) == 5
+    assert len(model.bench_decode(9, depth=500, rows=4)) == 9
+    assert model.generate([1, 2], max_new_tokens=9).tokens == answer([1, 2], 9)
+    with pytest.raises(UsageError, match=r"0 to 512, got 5 steps of 1 rows from 510 on"):
         model.bench_decode(5, depth=510)
+    with pytest.raises(UsageError, match=r"0 to 512, got 10 steps of 4 rows from 500 on"):
+        model.bench_decode(10, depth=500, rows=4)
+    with pytest.raises(UsageError, match=r"1 to \d+ slots and \d+ rows in all, got 1 slots of 90 rows"):
+        model.bench_decode(1, depth=0, rows=90)
 
 
 def test_a_repeated_benchmark_decodes_the_same_tokens(model: Model) -> None:

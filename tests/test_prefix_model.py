@@ -107,7 +107,7 @@ def test_steps_and_benchmarks_neither_see_nor_spoil_what_is_kept(path: Path, pla
         assert (all_logits(model, prompt[:150], 3).view(np.int32) == logits.view(np.int32)).all()
         again = model.generate(prompt, max_new_tokens=40, stop_tokens=[])
         assert (again.tokens, again.reused_tokens) == (expected.tokens, 256)
-        model.bench_decode(30, depth=300, rows=3)  # every page, and so an end of what was kept
+        model.bench_decode(30, depth=300, slots=3)  # every page, and so an end of what was kept
         model.bench_prefill(400)
         last = model.generate(prompt, max_new_tokens=40, stop_tokens=[])
         assert (last.tokens, last.reused_tokens) == (expected.tokens, 0)

@@ -91,7 +91,7 @@ def test_explicit_rows_and_benchmarks_have_no_drafts(path: Path, plain: Model) -
             model.reset(), plain.reset()
         assert len(model.bench_decode(90, depth=60)) == 90
         assert model._backend.state.slot_steps[0] == 90  # one token each
-        assert len(model.bench_decode(30, depth=60, rows=4)) == 30
+        assert len(model.bench_decode(30, depth=60, slots=4)) == 30
         again = model.generate(prompt, max_new_tokens=40, stop_tokens=[])
     assert again.tokens == plain.generate(prompt, max_new_tokens=40, stop_tokens=[]).tokens
 
