@@ -65,8 +65,8 @@ class DirectRows:
             self._advance(slot, depth, limit)
         self._state.slot_limit[every] = limit
         self._state.slot_finished[every] = self._state.slot_count[every] = 0
-        tokens, positions = fixed_tokens(depth, depth + rows, self._vocab), range(depth, depth + rows)
-        self._write(tokens * slots, [slot for slot in every for _ in range(rows)], [*positions] * slots, range(slots * rows))
+        tokens, positions = fixed_tokens(depth, depth + rows, self._vocab) * slots, [*range(depth, depth + rows)] * slots
+        self._write(tokens, [slot for slot in every for _ in range(rows)], positions, range(slots * rows))
         times = []
         for _ in range(steps):
             start = time.perf_counter()
