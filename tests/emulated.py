@@ -12,6 +12,7 @@ from copy import copy
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -32,6 +33,7 @@ from onelaunch.models.open import open_checkpoint
 from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
 from onelaunch.tests import small
 from onelaunch.tests.checkpoints import save_random
+from onelaunch.tests.moe_checkpoints import to_mxfp4
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as codegen/triton/build.py compiles
 EMULATOR = Path(__file__).resolve().parents[2] / "shared" / "ptxemu"
@@ -51,10 +53,25 @@ FAMILIES = {  # type of the checkpoint (or `mixed`), --quant, type of its number
     "qwen3": ("qwen3", "int4", torch.float32, "bf16"),
     "gemma3": ("gemma3_text", "", torch.float32, "f32"),
     "every block format and f16": ("mixed", "", torch.float32, "f32"),
+    "qwen2_moe": ("qwen2_moe", "int8", torch.float32, "f32"),
+    "qwen3_moe": ("qwen3_moe", "int4", torch.float32, "f32"),
+    "mixtral": ("mixtral", "", torch.bfloat16, "f32"),
+    "gpt_oss": ("gpt_oss", "", torch.float32, "f32"),
 }
+# What their checkpoints have besides SIZES. The experts of gpt-oss are in MXFP4.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 32, "num_hidden_layers": 1,
+    },
+    "qwen3_moe": {"num_experts": 20, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "num_hidden_layers": 1},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48, "num_hidden_layers": 1},
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 5},
+}  # fmt: skip
 DENSE = ("llama", "qwen2", "qwen3", "gemma3")
 # sm_89's PTX is sm_90's but for how a bucket of many rows is tiled: one family of it, the one with a bf16 cache.
-CASES = [*product(DENSE, ARCHS), ("qwen3", 89), ("every block format and f16", 90)]
+MOE = {"qwen2_moe": 80, "qwen3_moe": 120, "mixtral": 100, "gpt_oss": 90}  # one architecture of each
+CASES = [*product(DENSE, ARCHS), ("qwen3", 89), ("every block format and f16", 90), *MOE.items()]
 # A family's tests share its checkpoint, its CPU target and its compiled kernels: they run in one process.
 each_step = pytest.mark.parametrize(
     ("family", "arch"), [pytest.param(f, a, id=f"{f} sm_{a}", marks=pytest.mark.xdist_group(f)) for f, a in CASES]
@@ -138,7 +155,7 @@ class EmulatedStep:
         self.stream = streams(self.schedules[STREAMED], self.plan, self.source.chunk_blocks.get)
         groups = cache_groups(program.kinds, program.layers)
         vocab = program.logits.tensor.width
-        fields = state_fields(limits, vocab, len(groups))
+        fields = state_fields(limits, vocab, len(groups), program.routing)
         raw = np.zeros(state_bytes(fields), np.uint8)
         self.raw = raw
         self.state = {f.name: raw[f.offset : f.offset + f.nbytes].view(f.dtype).reshape(f.shape) for f in fields}
@@ -255,7 +272,9 @@ def checkpoint(family: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     if kind == "mixed":
         return save_mixed(path.with_suffix(".gguf"))
-    save_random(path, kind, dtype, **SIZES)
+    hf = save_random(path, kind, dtype, **SIZES | EXPERTS.get(kind, {}))
+    if kind == "gpt_oss":
+        to_mxfp4(path, hf)
     return path
 
 
