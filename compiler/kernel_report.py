@@ -122,9 +122,9 @@ class _Source:
         kernel = next(f for f in self.functions if f.name == entry)
         self.branches: dict[int, tuple[str, tuple[str, ...]]] = {}
         for number in range(kernel.lineno, kernel.end_lineno or 0):
-            test, call = re.match(r"\s+(?:el)?if .*\bbody ==.*:\s*# (.+)", lines[number - 1]), lines[number].strip()
-            if test:
-                self.branches[number + 1] = call.partition("(")[0], tuple(test[1].split(", "))
+            test = re.match(r"\s+(?:el)?if .*\bbody ==.*:\s*# (.+)", lines[number - 1])
+            if test and (called := re.search(r"(\w+)\(", lines[number])):
+                self.branches[number + 1] = called[1], tuple(test[1].split(", "))
         ends = {i for i, line in enumerate(lines, 1) if line.rstrip().endswith(CODES)}
         simple = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
         spans = [range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in simple]

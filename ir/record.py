@@ -1,6 +1,6 @@
 """The words of a task table's record: RECORD_WORDS int32, the fields below, then the arguments of its body.
 
-Apart from `table.py`, which makes records, so that a runtime can read them without a compiler.
+Apart from `table.py` and `stream.py`, which make tables, so that a runtime can read them without a compiler.
 """
 
 RECORD_WORDS = 32
@@ -12,3 +12,4 @@ FIELDS = (
 )  # fmt: skip
 ARGS = len(FIELDS)  # words ARGS.. are the body's arguments
 END = -1  # body of the record after a worker's last
+STREAM_PADDING = 16  # entries without bytes behind a worker's weight stream: an executor may look so far ahead

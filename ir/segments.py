@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import VerifyError
-from .record import END, FIELDS
-from .stream import PADDING, Stream
+from .record import END, FIELDS, STREAM_PADDING
 
 SEGMENTS = ("mega", "per-phase")
 BODY, SIGNAL, STREAM = (FIELDS.index(name) for name in ("body", "signal", "stream"))
@@ -28,6 +27,7 @@ WAITS, TARGETS = ([FIELDS.index(f"{name}{i}") for i in (0, 1)] for name in ("wai
 CLEARED = [*WAITS, SIGNAL, FIELDS.index("prefetch")]
 
 Table = NDArray[np.int32]
+Stream = NDArray[np.int64]
 
 
 def per_phase(table: Table) -> list[Table]:
@@ -41,7 +41,7 @@ def streamed(table: Table, stream: Stream) -> list[tuple[Table, Stream]]:
     for first, end in cuts(table):
         launch, worker = _cut(table, first, end), np.arange(len(table))
         starts, stops = table[worker, first, STREAM], table[worker, end, STREAM]
-        chunks = int((stops - starts).max()) + PADDING
+        chunks = int((stops - starts).max()) + STREAM_PADDING
         part = np.zeros((len(launch), chunks), np.int64)
         for w in range(len(launch)):
             part[w, : stops[w] - starts[w]] = stream[w, starts[w] : stops[w]]

@@ -20,6 +20,7 @@ from .formats import BLOCK_K, FORMATS, TILE_ROWS, packed_bytes
 from .graph import Graph
 from .op import Op
 from .phases import Phase
+from .record import STREAM_PADDING
 from .schedule import Schedule, Task, packed_name, padded, part_name, parts, phase_of, unit_bytes, unit_rows
 from .types import OUTPUTS
 
@@ -30,7 +31,6 @@ Stream = NDArray[np.int64]
 ChunkBlocks = Callable[[str], int]  # of a weight format's name: most blocks of 32 k in a chunk
 PIECE = 16  # bytes; what one thread asks for at a time
 SIZE_BITS = 16  # of an entry: its low bits hold the pieces, the others the offset
-PADDING = 16  # entries without bytes after a worker's last: an executor may look so far ahead
 
 
 def matrix_part(graph: Graph, task: Task) -> tuple[Phase, tuple[Op, ...]] | None:
@@ -53,9 +53,9 @@ def chunk_count(graph: Graph, task: Task, chunk_blocks: ChunkBlocks) -> int:
 
 
 def streams(schedule: Schedule, weights: WeightPlan, chunk_blocks: ChunkBlocks) -> Stream:
-    """Every worker's chunks, int64 [workers, longest + PADDING]: offset << SIZE_BITS | size, both in PIECEs."""
+    """Every worker's chunks, int64 [workers, longest + STREAM_PADDING]: offset << SIZE_BITS | size, both in PIECEs."""
     queues = [_worker(schedule, weights, chunk_blocks, w) for w in range(schedule.workers)]
-    longest = max(map(len, queues)) + PADDING
+    longest = max(map(len, queues)) + STREAM_PADDING
     return np.stack([np.pad(queue, (0, longest - len(queue))) for queue in queues])
 
 

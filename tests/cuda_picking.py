@@ -151,8 +151,8 @@ def test_an_old_driver_is_refused_by_its_release(fake: Fake, root: Path) -> None
     [
         ({"cubin_params": PARAMS[:-1]}, r"expected `params` of \[8, .*, 8\] bytes"),
         ({"entry": "other"}, "expected a kernel `other`, got none"),
-        ({"params": SM90["params"][:-3]}, "expected `params` control, .*, got table"),
-        ({"params": [*SM90["params"], ["x", "*i32"]]}, "expected `params` control"),
+        ({"params": SM90["params"][:-3]}, "expected `params` chunks, control, .*, got table"),
+        ({"params": [*SM90["params"], ["x", "*i32"]]}, "expected `params` chunks, control"),
         ({"params": [[p, "*i32"] for p in PARAMS]}, "param `records`: expected i32, got `\\*i32`"),
         ({"arch_field": "compute_90"}, "expected `arch` like sm_90"),
         ({"workers": []}, "positive `workers`"),

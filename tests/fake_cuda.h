@@ -16,7 +16,7 @@ namespace {
 enum Result {
     OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
     INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NO_BINARY = 209, INVALID_HANDLE = 400, NOT_FOUND = 500,
-    TOO_LARGE = 720, CAPTURE_UNSUPPORTED = 900,
+    LAUNCH_FAILED = 719, TOO_LARGE = 720, CAPTURE_UNSUPPORTED = 900,
 };
 using Job = std::function<void()>;
 using Ptr = uint64_t;
@@ -151,8 +151,8 @@ void execute(Module* module, std::map<std::string, uint64_t> args, unsigned grid
     if (!fake.modules.count(module)) return violate("a graph ran after its module was unloaded");
     for (auto& [name, value] : args) {
         bool null = name == "global_scratch" || name == "profile_scratch";
-        size_t size = name == "table" ? size_t(128) * grid * args["records"] : 1;
-        if (name != "records" && (null ? value != 0 : !inside(fake.memory, value, size)))
+        size_t size = name == "table" ? size_t(128) * grid * args["records"] : name == "stream" ? size_t(8) * grid * args["chunks"] : 1;
+        if (name != "records" && name != "chunks" && (null ? value != 0 : !inside(fake.memory, value, size)))
             return violate("kernel argument " + name + " is no device memory");
     }
     auto* control = reinterpret_cast<int32_t*>(args["control"]);

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import save_random
 from compiled import ArtifactCache
-from emulated import SIZES
+from compiled_kernels import SIZES
 
 LIMITS = {"rows": 16, "slots": 2, "context": 384, "outputs": 4, "kv_dtype": "f32"}
 # Weights of 4 and 8 bits meet int8 activations on a processor and float16 ones on a GPU: tokens may differ at ties.

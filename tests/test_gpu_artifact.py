@@ -37,7 +37,7 @@ import triton.language as tl
 
 
 @triton.jit
-def step_few(table, control, weights, workspace, state, kv0, records):
+def step_few(table, control, weights, workspace, state, kv0, stream, records, chunks, STAGES: tl.constexpr):
     tl.store(control, tl.load(table) + records)
 """
 
@@ -85,7 +85,7 @@ def test_machines_of_an_architecture_share_its_code(
     gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[tuple[int, str]] = []
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-2:], compiled))
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-3:-1], compiled))
     request = Request(gpu_artifact[0], tmp_path / "a", "l4,rtx4090,sm_80", Limits(**small.GPU_LIMITS))
     seen: list[str] = []
     compile_model(request, progress=lambda name, seconds, detail: seen.append(name))
@@ -103,7 +103,8 @@ def fake_kernel(arch: int, bucket: str, compiled: list[tuple[int, str]] | None =
         compiled.append((arch, bucket))
     kv = (("kv0", "*bf16"),)
     pointers = [(name, "*i32") for name in ("table", "control", "weights", "workspace", "state")]
-    params = (*pointers, *kv, ("records", "i32"), ("global_scratch", "*i8"), ("profile_scratch", "*i8"))
+    numbers = (("stream", "*i64"), ("records", "i32"), ("chunks", "i32"))
+    params = (*pointers, *kv, *numbers, ("global_scratch", "*i8"), ("profile_scratch", "*i8"))
     made = Kernel(
         f"sm_{arch}", f"step_{bucket}", "", b"\x7fELF", warps=8, shared=1000, registers=128, stack=0, spills=0,
         static_shared=0, params=params, versions={"triton": "3", "ptxas": "13.4"}, options={},
@@ -114,7 +115,7 @@ def fake_kernel(arch: int, bucket: str, compiled: list[tuple[int, str]] | None =
 def test_one_that_does_not_compile_is_named_and_nothing_is_read_or_left(
     gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(text: str, limits: Limits, names: tuple[str, ...], arch: int, bucket: str) -> Kernel:
+    def broken(text: str, limits: Limits, names: tuple[str, ...], arch: int, bucket: str, ring: Any) -> Kernel:
         if arch == 80 and bucket == "few":
             raise CompileError("sm_80: Triton could not compile the step: too sad")
         much = {"shared": 1 << 20, "registers": 200, "warps": 16}
@@ -204,7 +205,7 @@ def test_a_configuration_alone_compiles_without_weights(
     model = tmp_path / "bare"
     model.mkdir()
     shutil.copy(gpu_artifact[0] / "config.json", model)
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-2:]))
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-3:-1]))
     request = Request(model, tmp_path / "a", "sm_90", Limits(**small.GPU_LIMITS))
     with pytest.raises(LoadError, match=r"expected \*\.safetensors, got none"):
         compile_model(request)
@@ -226,7 +227,7 @@ def test_no_tensor_is_read_without_weights_and_the_artifact_is_not_run(
         model = tmp_path / "bare"
         model.mkdir()
         shutil.copy(gpu_artifact[0] / "config.json", model)
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-2:]))
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-3:-1]))
     request = Request(model, tmp_path / "a", "sm_90,cpu", Limits(**small.GPU_LIMITS), (2,), "int4", pack=False)
     compile_imported(unreadable(model), request)
     artifact = Artifact.open(tmp_path / "a")

@@ -1,17 +1,14 @@
-"""What ships, read from the machine code: every family and every architecture, without a GPU.
-
-The models are small, but K is long enough for the main loops to be loops.
-"""
+"""What ships, read from the machine code: every family and every architecture, without a GPU."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
-from compiled_kernels import LIMITS, each, kernel, model, ring, source
+from compiled_kernels import DENSE, MIXED, MOE, compiled_step, each, group
 
-from onelaunch.codegen.triton.build import compile_kernel
 from onelaunch.compiler.kernel_report import body_formats, budget, only, problems, report
 from onelaunch.compiler.machines import machine_for
 from onelaunch.compiler.sync_lint import lint
@@ -20,24 +17,26 @@ from onelaunch.ir.schedule import BUCKETS
 # Thread-instructions per weight at one row that the issue allows on sm_90, by the bits of a code.
 MOST = {4: 3.2, 8: 2.5}
 BITS = {"q4_0": 4, "q4_1": 4, "q4_k": 4, "q8_0": 8}
+CASES = [*product(DENSE, (80, 89, 90, 100, 120)), MIXED, *MOE]
 
 
 @cache
 def reported(family, arch, bucket):
-    return report(kernel(family, arch, bucket), source(family).text, body_formats(model(family).lowered))
+    step = compiled_step(family, arch)
+    return report(step.kernel(bucket), step.source.text, body_formats(step.program))
 
 
-@each(*BUCKETS)
+@each(CASES, *BUCKETS)
 def test_it_spills_nothing_fits_the_machine_and_reads_weights_by_16_bytes(family, arch, bucket):
     assert problems(reported(family, arch, bucket), machine_for(f"sm_{arch}")) == []
 
 
-@each(*BUCKETS)
+@each(CASES, *BUCKETS)
 def test_it_keeps_the_rules_of_synchronisation(family, arch, bucket):
-    assert lint(kernel(family, arch, bucket).ptx) == []
+    assert lint(compiled_step(family, arch).kernel(bucket).ptx) == []
 
 
-@each("few")
+@each(CASES, "few")
 def test_one_row_is_bound_by_bytes_not_by_issue(family, arch, bucket):
     machine = machine_for(f"sm_{arch}")
     matrices = [b for b in reported(family, arch, bucket).branches if b.format]
@@ -49,23 +48,26 @@ def test_one_row_is_bound_by_bytes_not_by_issue(family, arch, bucket):
             assert one <= MOST[BITS[branch.format]]
 
 
+@group("qwen3")
 def test_every_instruction_is_the_table_loops_or_a_branchs():
     found = reported("qwen3", 90, "few")
     assert found.loop + sum(b.instructions for b in found.branches) == sum(found.mix.values())
     assert found.loop < 0.2 * sum(found.mix.values())
 
 
+@group("qwen3")
 def test_branches_cost_each_other_few_registers():
     """The kernel needs what its worst branch needs alone, and little more."""
     found = reported("qwen3", 90, "few")
     worst = max(found.branches, key=lambda b: b.instructions)
     # The commit takes little, and has the kernel use shared memory.
     commit = next(b for b in found.branches if any("commit" in title for title in b.titles))
-    text = only(source("qwen3").text, found.entry, {worst.function, commit.function})
-    by_itself = compile_kernel(text, LIMITS, source("qwen3").kv_names, 90, "few", ring("qwen3", 90))
+    step = compiled_step("qwen3", 90)
+    by_itself = step.compile(only(step.source.text, found.entry, {worst.function, commit.function}), "few")
     assert found.registers <= by_itself.registers + 32
 
 
+@group("qwen3")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -79,6 +81,7 @@ def test_what_does_not_fit_is_named(change, reason):
     assert any(reason in r for r in problems(found, machine_for("sm_90")))
 
 
+@group("qwen3")
 def test_narrow_loads_and_local_memory_are_named():
     found = reported("qwen3", 90, "few")
     branch = next(b for b in found.branches if b.format)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import planted
 import pytest
-from compiled_kernels import kernel
+from compiled_kernels import compiled_step, group
 
 from onelaunch.compiler.sync_lint import lint, parse
 
-pytestmark = pytest.mark.xdist_group("kernels of qwen3")
+pytestmark = group("qwen3")
 
 
 @pytest.fixture(scope="module")
 def ptx():
-    return kernel("qwen3", 90, "few").ptx
+    return compiled_step("qwen3", 90).kernel("few").ptx
 
 
 def rules(text):

@@ -10,7 +10,8 @@ from random import Random
 
 import planted
 import pytest
-from emulated import ARCHS, DENSE, PROMPT, EmulatedStep, emulated_step, emulator
+from compiled_kernels import ARCHS, DENSE, group
+from emulated import PROMPT, EmulatedStep, emulated_step, emulator
 
 from onelaunch.ir.table import lower
 
@@ -49,8 +50,7 @@ def planted_into(kind: str):
     for i, family in enumerate(DENSE):
         for j, name in enumerate(names(kind)):
             arch = ARCHS[(i + j) % len(ARCHS)]
-            marks = pytest.mark.xdist_group(family)
-            made.append(pytest.param(family, arch, name, id=f"{name} {family} sm_{arch}", marks=marks))
+            made.append(pytest.param(family, arch, name, id=f"{name} {family} sm_{arch}", marks=group(family)))
     return pytest.mark.parametrize(("family", "arch", "name"), made)
 
 

@@ -75,10 +75,21 @@ class LlamaPeer:
         return seconds
 
     def bytes_per_token(self, depth: int) -> int:
-        """All weights once (an untied input table too, which a step hardly reads) and the cache so far."""
+        """All weights once (an untied input table too, which a step hardly reads) and the cache so far.
+
+        0, unknown, for a mixture of experts: a step reads some of them.
+        """
+        if self.has_experts():
+            return 0
         self.fill(depth)
         cache = ll.llama_state_seq_get_size(self.context, 0) if depth else 0
         return ll.llama_model_size(self.model) + cache
+
+    def has_experts(self) -> bool:
+        text = ctypes.create_string_buffer(32)
+        kind = ctypes.create_string_buffer(64)
+        ll.llama_model_meta_val_str(self.model, b"general.architecture", kind, len(kind))
+        return ll.llama_model_meta_val_str(self.model, kind.value + b".expert_count", text, len(text)) > 0
 
     def fill(self, depth: int) -> float:
         if self.filled > depth:

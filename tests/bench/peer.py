@@ -119,7 +119,7 @@ def lines(result: Result) -> list[str]:
         ratio, rate = "", ""
         if name != OURS and OURS in speeds:
             ratio = spread([ours / peer for ours, peer in zip(speeds[OURS], speeds[name], strict=True)], 2)
-        if name in result.bytes_per_token:
+        if result.bytes_per_token.get(name):
             steps = [value / result.setting.rows for value in speeds[name]]
             moved = [value * result.bytes_per_token[name] * 1e-9 for value in steps]
             shares = [one / limit.limit for one, limit in zip(moved, rounds, strict=True)]

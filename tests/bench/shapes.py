@@ -29,7 +29,7 @@ CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder of the Qwen3 architecture."""
+    """A decoder of the Qwen3 architecture, dense or with experts in every layer (`ffn` is then an expert's)."""
 
     hidden: int
     layers: int
@@ -42,21 +42,35 @@ class Shape:
     rope_theta: float = 1e6
     eps: float = 1e-6
     tied: bool = True  # the head is the embedding
+    experts: int = 0
+    chosen: int = 0  # experts of a row
 
 
 SHAPES = {
     "qwen3-tiny": Shape(256, 4, 4, 2, 64, 768, 2048, context=4096),
     "qwen3-0.6b": Shape(1024, 28, 16, 8, 128, 3072, 151936),
     "qwen3-1.7b": Shape(2048, 28, 16, 8, 128, 6144, 151936),
+    "qwen3-moe": Shape(1024, 24, 16, 8, 128, 512, 151936, experts=32, chosen=4),
     "qwen3-8b": Shape(4096, 36, 32, 8, 128, 12288, 151936, tied=False),
 }
 
-# name: (storage of the linears, of the tied embedding and head); `llama-quantize` pairs q4_0 with q6_k
+
+@dataclass(frozen=True)
+class Storage:
+    """How a file stores linears, the embedding and head, and experts where it has any."""
+
+    linear: Kind
+    head: Kind
+    experts: Kind
+
+
+# `llama-quantize` pairs q4_0 with a q6_k head, and mxfp4 experts with q8_0 for all else.
 FORMATS = {
-    "q4_0": (Kind.Q4_0, Kind.Q6_K),
-    "q4_0pure": (Kind.Q4_0, Kind.Q4_0),
-    "q8_0": (Kind.Q8_0, Kind.Q8_0),
-    "bf16": (Kind.BF16, Kind.BF16),
+    "q4_0": Storage(Kind.Q4_0, Kind.Q6_K, Kind.Q4_0),
+    "q4_0pure": Storage(Kind.Q4_0, Kind.Q4_0, Kind.Q4_0),
+    "q8_0": Storage(Kind.Q8_0, Kind.Q8_0, Kind.Q8_0),
+    "mxfp4": Storage(Kind.Q8_0, Kind.Q8_0, Kind.MXFP4),
+    "bf16": Storage(Kind.BF16, Kind.BF16, Kind.BF16),
 }
 
 
@@ -101,28 +115,48 @@ def bf16(rng: np.random.Generator, rows: int, cols: int, rms: float) -> np.ndarr
     return table[rng.integers(0, 1 << 16, (rows, cols), dtype=np.uint16)].view(np.uint8)
 
 
+def mxfp4(rng: np.random.Generator, rows: int, cols: int, rms: float) -> np.ndarray:
+    count = rows * cols // 32
+    blocks = random_bytes(rng, count, 17)  # power of two, biased by 127, then 16 bytes of E2M1 codes
+    blocks[:, 0] = round(math.log2(rms / 2.93)) + 127 - rng.integers(0, 2, count)  # 2.93: rms of E2M1's values
+    return blocks.reshape(rows, -1)
+
+
 BUILDERS: dict[Kind, Callable[[np.random.Generator, int, int, float], np.ndarray]] = {
     Kind.Q4_0: q4_0,
     Kind.Q8_0: q8_0,
     Kind.Q6_K: q6_k,
+    Kind.MXFP4: mxfp4,
     Kind.BF16: bf16,
 }
 
 
-def matrices(shape: Shape) -> Iterator[tuple[str, int, int, float]]:
-    """Every matrix but the embedding: name, rows, cols, gain over 1/sqrt(cols)."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a layer, or `experts` of them; rms of its values: gain over 1/sqrt(cols)."""
+
+    name: str
+    rows: int
+    cols: int
+    gain: float = 1.0
+    experts: int = 0
+
+
+def matrices(shape: Shape) -> Iterator[Matrix]:
+    """Every matrix but the embedding and routers."""
+    q, kv, n = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.experts
     residual = 1 / math.sqrt(shape.layers)
     mixing = residual / 4  # attention over random keys averages: louder, it would make all positions alike
+    kind = "_exps" if n else ""
     for layer in range(shape.layers):
         at = f"blk.{layer}"
-        yield f"{at}.attn_q.weight", q, shape.hidden, 1.0
-        yield f"{at}.attn_k.weight", kv, shape.hidden, 1.0
-        yield f"{at}.attn_v.weight", kv, shape.hidden, 1.0
-        yield f"{at}.attn_output.weight", shape.hidden, q, mixing
-        yield f"{at}.ffn_gate.weight", shape.ffn, shape.hidden, 1.0
-        yield f"{at}.ffn_up.weight", shape.ffn, shape.hidden, 1.0
-        yield f"{at}.ffn_down.weight", shape.hidden, shape.ffn, residual
+        yield Matrix(f"{at}.attn_q.weight", q, shape.hidden)
+        yield Matrix(f"{at}.attn_k.weight", kv, shape.hidden)
+        yield Matrix(f"{at}.attn_v.weight", kv, shape.hidden)
+        yield Matrix(f"{at}.attn_output.weight", shape.hidden, q, mixing)
+        yield Matrix(f"{at}.ffn_gate{kind}.weight", shape.ffn, shape.hidden, experts=n)
+        yield Matrix(f"{at}.ffn_up{kind}.weight", shape.ffn, shape.hidden, experts=n)
+        yield Matrix(f"{at}.ffn_down{kind}.weight", shape.hidden, shape.ffn, residual, n)
 
 
 def norms(shape: Shape) -> Iterator[tuple[str, int]]:
@@ -167,6 +201,10 @@ def add_header(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.eps)
     writer.add_vocab_size(shape.vocab)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.chosen)
+        writer.add_expert_feed_forward_length(shape.ffn)
 
 
 def add_tokenizer(writer: GGUFWriter, vocab: int) -> None:
@@ -188,21 +226,27 @@ def write_gguf(path: Path, name: str, format_name: str, seed: int = 0, layers: i
 
     About 3 s and twice the file's size in memory at 0.6B.
     """
-    shape, (linear, head) = SHAPES[name], FORMATS[format_name]
+    shape, storage = SHAPES[name], FORMATS[format_name]
     shape = replace(shape, layers=layers or shape.layers)
     rng = np.random.default_rng(seed)
-    writer = GGUFWriter(path, "qwen3")
+    writer = GGUFWriter(path, "qwen3moe" if shape.experts else "qwen3")
     writer.add_name(f"{name} random weights, {format_name}, seed {seed}")
     add_header(writer, shape)
     add_tokenizer(writer, shape.vocab)
 
-    embedding = BUILDERS[head](rng, shape.vocab, shape.hidden, 1 / math.sqrt(shape.hidden))
-    writer.add_tensor("token_embd.weight", embedding, raw_dtype=head)
-    if not shape.tied:
-        output = BUILDERS[head](rng, shape.vocab, shape.hidden, 1 / math.sqrt(shape.hidden))
-        writer.add_tensor("output.weight", output, raw_dtype=head)
-    for tensor, rows, cols, gain in matrices(shape):
-        writer.add_tensor(tensor, BUILDERS[linear](rng, rows, cols, gain / math.sqrt(cols)), raw_dtype=linear)
+    def add(matrix: Matrix, kind: Kind) -> None:
+        count = max(matrix.experts, 1)
+        data = BUILDERS[kind](rng, count * matrix.rows, matrix.cols, matrix.gain / math.sqrt(matrix.cols))
+        whole = data.reshape(count, matrix.rows, -1) if matrix.experts else data
+        writer.add_tensor(matrix.name, whole, raw_dtype=kind)
+
+    for tensor in ["token_embd.weight"] if shape.tied else ["token_embd.weight", "output.weight"]:
+        add(Matrix(tensor, shape.vocab, shape.hidden), storage.head)
+    for matrix in matrices(shape):
+        add(matrix, storage.experts if matrix.experts else storage.linear)
+    for layer in range(shape.layers if shape.experts else 0):
+        router = rng.standard_normal((shape.experts, shape.hidden), np.float32) / math.sqrt(shape.hidden)
+        writer.add_tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
     for tensor, dim in norms(shape):
         writer.add_tensor(tensor, rng.normal(1.0, 0.05, dim).astype(np.float32))
 
