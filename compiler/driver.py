@@ -17,7 +17,7 @@ from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
 from ..passes import GRAPH_PASSES, Options
 from .emit import Emission
-from .gpu import refuse_experts, refuse_formats
+from .gpu import refuse_formats
 from .lowering import (
     Dump,
     Lowered,
@@ -145,7 +145,6 @@ def _lower(
         program = run_graph_passes(program, Options(request.quant), dump, progress, after)
         if dump.stop_after in GRAPH_NAMES:
             return None
-    refuse_experts(program, targets.gpus)
     refuse_formats(program, targets.gpus)
     if edited is None:
         return lower_program(program, limits, workers, dump, progress)

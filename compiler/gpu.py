@@ -43,17 +43,6 @@ class GpuCode:
     streams: dict[int, np.ndarray]
 
 
-def refuse_experts(program: Program, gpus: Sequence[GpuTarget]) -> None:
-    """CompileError for a mixture of experts, which no GPU kernel of ours computes, before anything is compiled."""
-    found = [f"{g.name}.{p.name}" for g in program.graphs for p in g.phases if p.anchor_kind == "experts"]
-    if gpus and found:
-        raise CompileError(
-            f"{', '.join(gpu.arch for gpu in gpus)}: expected a model without experts, got `{program.name}` with "
-            f"experts in {', '.join(found)}",
-            hint="a mixture of experts runs on processors: compile it with `--target cpu`",
-        )
-
-
 def refuse_formats(program: Program, gpus: Sequence[GpuTarget]) -> None:
     """CompileError that names every weight format no GPU kernel reads, before anything is compiled or packed."""
     if not gpus:

@@ -17,7 +17,7 @@ from typing import Any
 from ..codegen.triton.build import REGISTERS, Kernel
 from ..ir.formats import FORMATS
 from ..ir.graph import Program
-from ..ir.schedule import part_name, parts
+from ..ir.schedule import part_name, part_weight, parts
 from .machines import Machine
 from .sass import Instruction, Loop, disassemble
 
@@ -86,10 +86,10 @@ class KernelReport:
 def body_formats(program: Program) -> Formats:
     """The weight format of every body that reads a matrix, by its title `GRAPH.PHASE.BODY`."""
     return {
-        f"{graph.name}.{phase.name}.{part_name(part)}": part[0].operands[1].tensor.dtype
+        f"{graph.name}.{phase.name}.{part_name(part)}": part_weight(part).tensor.dtype
         for graph in program.graphs
         for phase in graph.phases
-        if phase.anchor_kind == "linear"
+        if phase.reads_matrix
         for part in parts(phase)
     }
 
@@ -159,15 +159,18 @@ def _main_loops(text: _Source, loops: list[Loop], line: int, threads: int, bits:
 
     First loads, made before a loop, are in those around it.
     """
-    found: dict[frozenset[tuple[str, ...]], tuple[Loop, list[Instruction]]] = {}
+    found: list[tuple[Loop, list[Instruction]]] = []
+    seen: set[tuple[str, ...]] = set()
     for loop in sorted(loops, key=lambda loop: (loop.kind != "matrix", len(loop.code))):
         loads = [i for i in loop.code if text.branch(i) == line and i.lines[0] in text.marked and i.load_bits()]
         # A statement that reads codes from the ring reads scales and activations as well: narrower, or from afar.
         ring = [i for i in loads if i.name == "LDS" and i.load_bits() == 128]
         loads = ring or [i for i in loads if i.name != "LDS"]
-        if loads:
-            found.setdefault(frozenset(tuple(text.chain(i)) for i in loads), (loop, loads))
-    return tuple(_main_loop(text.function(loop, loads), loop, loads, threads, bits) for loop, loads in found.values())
+        chains = {tuple(text.chain(i)) for i in loads}
+        if not chains <= seen:
+            found.append((loop, loads))
+            seen |= chains
+    return tuple(_main_loop(text.function(loop, loads), loop, loads, threads, bits) for loop, loads in found)
 
 
 def _main_loop(function: str, loop: Loop, loads: list[Instruction], threads: int, bits: int) -> MainLoop:

@@ -6,18 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
+from ..ir.bodies import part_of
 from ..ir.formats import FORMATS
 from ..ir.graph import Graph
 from ..ir.limits import SPLIT_TOKENS, partial_floats
-from ..ir.ops import Attend, Embed
+from ..ir.ops import Attend, Embed, ExpertLinear
 from ..ir.phases import Phase
-from ..ir.schedule import Section, Task, packed_name, padded, part_name, parts, unit_bytes
+from ..ir.schedule import (
+    Section,
+    Task,
+    packed_name,
+    padded,
+    panel_rows,
+    part_units,
+    part_weight,
+    unit_bytes,
+)
 from ..ir.table import Asked
 from .kernel_report import KernelReport
 
 INSTRUCTIONS_PER_WEIGHT = {4: 3.2, 8: 2.5}  # where no kernel was measured: what ours must not exceed, by bits
 INSTRUCTIONS_PER_VALUE = 12  # of an activation or a cached key or value, all kinds of bodies
-ROUND_TRIPS = {"pack": 2, "linear": 2, "attend": 4, "rows": 3, "sample": 6, "commit": 3}  # record, operands, store
+# Record, operands, store; of experts the gates and the routes as well, and of each tile its expert and its rows.
+ROUND_TRIPS = {"pack": 2, "linear": 2, "experts": 4, "attend": 4, "rows": 3, "sample": 6, "commit": 3}
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,10 @@ def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[
     """One record of a step of one row."""
     kind = "pack" if task.body.startswith("pack.") else phase.anchor_kind
     if kind == "linear":
-        found = _matrix(graph, phase, task, costs)
+        found = _matrix(graph, phase, task, costs, task.last - task.first)
+    elif kind == "experts":
+        tiles = _expert_tiles(phase, task)
+        found = replace(_matrix(graph, phase, task, costs, tiles), trips=tiles, reads="")
     elif kind == "attend":
         found = _attend(phase, task, worker, depth)
     elif kind == "pack" or task.first == 0:  # drains of one row are worker 0's
@@ -109,13 +123,23 @@ def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[
     else:
         found = Work()
     idle = not (found.memory or found.near or kind == "commit")  # the record is read, and nothing is to do
-    return replace(found, body=task.body, trips=1 if idle else ROUND_TRIPS[kind])
+    return replace(found, body=task.body, trips=1 if idle else ROUND_TRIPS[kind] + found.trips)
 
 
-def _matrix(graph: Graph, phase: Phase, task: Task, costs: Mapping[str, Cost]) -> Work:
-    part = next(p for p in parts(phase) if part_name(p) == task.body)
-    weight = part[0].operands[1].tensor
-    fmt, units = FORMATS[weight.dtype], task.last - task.first
+def _expert_tiles(phase: Phase, task: Task) -> int:
+    """Of one row: its share of the tiles of all the row's experts, or so many tiles for each unit of a sum."""
+    part = part_of(phase, task.body)
+    anchor = part[0]
+    assert isinstance(anchor, ExpertLinear)
+    if not phase.is_drain:
+        return (task.last - task.first) * anchor.k
+    tiles = anchor.k * part_units(phase, part)
+    return tiles * (task.first + 1) // task.step - tiles * task.first // task.step
+
+
+def _matrix(graph: Graph, phase: Phase, task: Task, costs: Mapping[str, Cost], units: int) -> Work:
+    part = part_of(phase, task.body)
+    fmt = FORMATS[part_weight(part).tensor.dtype]
     size = units * unit_bytes(phase, part)
     default = Cost(INSTRUCTIONS_PER_WEIGHT.get(4 if fmt.bits < 8 else 8, 2.0))
     cost = costs.get(f"{graph.name}.{phase.name}.{task.body}", default)
@@ -144,7 +168,7 @@ def _rows(graph: Graph, phase: Phase, kind: str, depth: int) -> Work:
         values += max((padded(v.tensor.width) for v in op.operands if _is_row(v)), default=0)
     if kind == "pack" and not phase.prologue:
         source = phase.anchor[0].operands[0]
-        values += source.tensor.width * _partials(graph, source.name, depth)
+        values += source.tensor.width * panel_rows(source) * _partials(graph, source.name, depth)
     if kind == "sample":
         values /= 32  # greedy: maxima of tiles, not logits
     return Work(memory=memory, near=4 * values, instructions=values * INSTRUCTIONS_PER_VALUE)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from .graph import Graph
 from .op import Op
-from .ops import Append, Combine, Select
+from .ops import Append, Combine, ExpertLinear, Select
 from .phases import Phase
-from .schedule import Task, panel_kind, part_name, part_weight, parts, phase_of
+from .schedule import Task, panel_kind, panel_rows, part_name, part_weight, parts, phase_of
 from .types import CacheType, TensorType, Value
 
 
@@ -84,6 +84,9 @@ def _pack(phase: Phase, task: Task) -> tuple[Access, ...]:
     read = {v.name for op in phase.prologue for v in op.operands if _is_data(v)}
     read |= {phase.anchor[0].operands[0].name}
     read -= {op.out.name for op in phase.prologue}
+    anchor = phase.anchor[0]
+    if isinstance(anchor, ExpertLinear) and panel_rows(anchor.x) > 1:
+        read.add(anchor.gates.name)
     panel = panel_value(phase.name, task.body.removeprefix("pack."))
     part = ALL if task.step == 1 and task.first == 0 else Region("rows", task.first, task.step)
     return (*(Access(v, ALL, False) for v in sorted(read)), Access(panel, part, True))

@@ -13,7 +13,7 @@ from .formats import BLOCK_K, TILE_ROWS
 from .graph import Graph, Program
 from .limits import SPLIT_TOKENS, Limits
 from .op import Op
-from .ops import Append, Attend
+from .ops import Append, Attend, ExpertLinear
 from .phases import Phase
 from .schedule import (
     packed_name,
@@ -21,6 +21,8 @@ from .schedule import (
     panel_kind,
     panel_kinds,
     panel_row_bytes,
+    panel_rows,
+    part_experts,
     part_name,
     part_weight,
     parts,
@@ -41,8 +43,15 @@ def unit_value(part: tuple[Op, ...]) -> str:
 
 
 def gather_value(part: tuple[Op, ...]) -> str:
-    """The memory in which a worker puts the panel rows of one expert beside each other."""
+    """Memory in which a worker puts panel rows of one expert beside each other, or, of a GPU, its routes."""
     return f"{part_name(part)}.gather"
+
+
+def routes_bytes(part: tuple[Op, ...], rows: int) -> int:
+    """Of the routes of up to so many rows, int32: each active expert and where its list begins, then the lists."""
+    anchor = part[0]
+    assert isinstance(anchor, ExpertLinear)
+    return 4 * (2 * part_experts(part) + 2 + rows * anchor.k)
 
 
 def sample_scratch_bytes(vocab: int) -> int:
@@ -50,8 +59,8 @@ def sample_scratch_bytes(vocab: int) -> int:
     return 8 * (vocab + vocab // 256 + 1) + 32 * (vocab // 256 + 1)
 
 
-def worker_memory(phase: Phase, body: str) -> dict[str, int]:
-    """Memory each worker has to itself while it runs a body: name to bytes."""
+def worker_memory(phase: Phase, body: str, rows: int) -> dict[str, int]:
+    """Memory each worker has to itself while it runs a body on up to so many rows: name to bytes."""
     if phase.anchor_kind == "sample":
         return {SCRATCH: sample_scratch_bytes(phase.anchor[0].operands[0].tensor.width)}
     if body.startswith("pack."):
@@ -62,7 +71,8 @@ def worker_memory(phase: Phase, body: str) -> dict[str, int]:
     if phase.anchor_kind == "experts":
         part = part_of(phase, body)
         weight = part_weight(part)
-        return {gather_value(part): GATHER_ROWS * panel_row_bytes(panel_kind(weight), weight.tensor.width)}
+        panels = GATHER_ROWS * panel_row_bytes(panel_kind(weight), weight.tensor.width)
+        return {gather_value(part): max(panels, routes_bytes(part, rows))}
     return {}
 
 
@@ -132,6 +142,9 @@ class BodyArgs:
                 found["window"] = Arg("number", number=producer.kv.cache.window)
                 if producer.sinks is not None:
                     found |= _operand(producer.sinks)
+        anchor = phase.anchor[0]
+        if isinstance(anchor, ExpertLinear) and panel_rows(anchor.x) > 1:  # which of a row's experts there are
+            found |= _operand(anchor.gates)
         panel = panel_value(phase.name, body.removeprefix("pack."))
         return found | {"panel": Arg("value", panel)}
 
@@ -146,9 +159,7 @@ class BodyArgs:
         if phase.layout == "heads":
             found["unit"] = Arg("value", unit_value(part))
         if phase.anchor_kind == "experts":
-            found["gather"] = Arg("value", gather_value(part))
-        if phase.is_drain:
-            found["layer"] = Arg("layer")
+            found |= {"gather": Arg("value", gather_value(part)), "layer": Arg("layer")}
         matrices = {part_weight((op,)) for op in part}
         for value in (v for op in part for v in op.operands[1:] if v not in matrices):  # gates, biases
             found |= _operand(value)

@@ -93,7 +93,7 @@ def _result(schedule: Schedule, graph: Graph, value: Value, private: bool | None
 
 def _extra(schedule: Schedule, phase: Phase) -> dict[str, Need]:
     """Values no op names: panels, maxima of logits, each worker's own memory."""
-    own = [worker_memory(phase, body) for body in body_names(phase)]
+    own = [worker_memory(phase, body, schedule.rows) for body in body_names(phase)]
     found = {name: Need(size, 1, True) for memory in own for name, size in memory.items()}
     if phase.reads_matrix:
         x = phase.anchor[0].operands[0]
@@ -221,7 +221,7 @@ def touches(schedule: Schedule, graph: Graph) -> Touches:
     def of(task: Task) -> tuple[Access, ...]:
         key = (task.phase, task.body, task.first, task.last, task.step)
         if key not in made:
-            own = worker_memory(phase_of(graph, task.phase), task.body)
+            own = worker_memory(phase_of(graph, task.phase), task.body, schedule.rows)
             found = tuple(a for a in accesses(graph, task) if a.value not in inner[task.phase])
             made[key] = found + tuple(Access(name, ALL, True) for name in own)
         return made[key]

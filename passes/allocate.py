@@ -122,7 +122,7 @@ class _Plan:
                 life.phases |= {i, *(index[o.out.name] for o in graph.users(value))}
                 life.names.append(value.name)
             for body in body_names(phase):
-                for name, size in worker_memory(phase, body).items():
+                for name, size in worker_memory(phase, body, self.schedule.rows).items():
                     lives[name] = _Life(name, {i}, size, 1, True, [name])
             if phase.reads_matrix:
                 for kind in panel_kinds(phase):

@@ -122,7 +122,7 @@ class CudaBackend:
     """`Backend` over a kernel and device memory. Built inside its context; owns it from then on."""
 
     state: State
-    observer: Callable[[int], None] | None = None  # of mixtures of experts, which no GPU target has
+    observer: Callable[[int], None] | None = None
 
     def __init__(
         self,
@@ -188,11 +188,22 @@ class CudaBackend:
         return self._context
 
     def step(self) -> None:
+        rows = int(self._state.n_rows[0])
         self._replay(1)
+        if self.observer is not None:
+            with self._ready():
+                self._state.download_routing()
+            self.observer(rows)
 
     def run(self, steps: int) -> int:
         """As `Backend.run`. Replays go on to the end of the longest slot; all use the first one's bucket."""
         state = self._state
+        if self.observer is not None:
+            for done in range(steps):
+                if not state.n_rows[0]:
+                    return done
+                self.step()
+            return steps
         slots, _ = state.outputs()
         left = (state.slot_limit[slots] - state.row_position[state.output_row[: len(slots)]]).max(initial=0)
         return self._replay(min(steps, max(int(left), 1), self._manifest.limits.context))

@@ -23,7 +23,7 @@ RETURNED = (
     "slot_drafted", "slot_accepted",
 )  # fmt: skip
 # Large fields with a way of their own. Never part of another copy: the host's may be behind the device's.
-APART = ("slot_seen", "slot_tokens", "slot_history")
+APART = ("slot_seen", "slot_tokens", "slot_history", "routing")
 WORD = 8  # bytes; offsets of fields are multiples of it
 NEAR = 256  # bytes; two changes this close are one copy: its start costs more than its bytes
 
@@ -50,7 +50,7 @@ class DeviceState(State):
         self._steps_before = np.zeros(0, np.int32)
         self._seen_range = _ranges(fields, ["slot_seen"])[0]
         self._watched = _ranges(fields, known.keys() - APART)
-        self._returned = _ranges(fields, RETURNED)
+        self._returned, self._routing = _ranges(fields, RETURNED), _ranges(fields, ["routing"])
         self._ring, self._ring_offset = self.slot_tokens, known["slot_tokens"].offset
         self._fault_offset = known["fault"].offset
         self.slot_tokens, self.fault = _read_only(self.slot_tokens), _read_only(self.fault)
@@ -129,6 +129,11 @@ class DeviceState(State):
                     at = self._ring_offset + 4 * (slot * context + start)
                     size = 4 * (stop - start)
                     self._call("cuMemcpyDtoHAsync", self._address + at, self._device + at, size, self._stream)
+
+    def download_routing(self) -> None:
+        """The experts of the last step's rows, of a mixture of experts: wait, and take them."""
+        self._down(self._routing)
+        self._call("cuStreamSynchronize", self._stream)
 
     @property
     def _address(self) -> int:

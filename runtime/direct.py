@@ -65,8 +65,9 @@ class DirectRows:
             self._advance(slot, depth, limit)
         self._state.slot_limit[every] = limit
         self._state.slot_finished[every] = self._state.slot_count[every] = 0
-        tokens, positions = fixed_tokens(depth, depth + rows, self._vocab) * slots, [*range(depth, depth + rows)] * slots
-        self._write(tokens, [slot for slot in every for _ in range(rows)], positions, range(slots * rows))
+        tokens, end = fixed_tokens(depth, depth + rows, self._vocab), depth + rows
+        owners = [slot for slot in every for _ in range(rows)]
+        self._write(tokens * slots, owners, [*range(depth, end)] * slots, range(slots * rows))
         times = []
         for _ in range(steps):
             start = time.perf_counter()

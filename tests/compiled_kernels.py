@@ -1,9 +1,10 @@
-"""Small models of every dense family and format, and their GPU kernels, compiled as they ship: once per process."""
+"""Small models of every family and format, and their GPU kernels, compiled as they ship: once per process."""
 
 from __future__ import annotations
 
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,6 +23,7 @@ from onelaunch.models.open import open_checkpoint
 from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
 from onelaunch.tests import small
 from onelaunch.tests.checkpoints import save_random
+from onelaunch.tests.moe_checkpoints import to_mxfp4
 
 WORKERS = 4
 ARCHS = (80, 90, 100, 120)
@@ -36,9 +38,24 @@ FAMILIES = {  # type of the checkpoint (or `mixed`), --quant, type of its number
     "qwen3": ("qwen3", "int4", torch.float32, "bf16"),
     "gemma3": ("gemma3_text", "", torch.float32, "f32"),
     "every block format and f16": ("mixed", "", torch.float32, "f32"),
+    "qwen2_moe": ("qwen2_moe", "int8", torch.float32, "f32"),
+    "qwen3_moe": ("qwen3_moe", "int4", torch.float32, "f32"),
+    "mixtral": ("mixtral", "", torch.bfloat16, "f32"),
+    "gpt_oss": ("gpt_oss", "", torch.float32, "f32"),
 }
+# What their checkpoints have besides SIZES. The experts of gpt-oss are in MXFP4.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "num_hidden_layers": 1, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 32,
+    },
+    "qwen3_moe": {"num_hidden_layers": 1, "num_experts": 20, "num_experts_per_tok": 4, "moe_intermediate_size": 64},
+    "mixtral": {"num_hidden_layers": 1, "num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 5},
+}  # fmt: skip
 DENSE = ("llama", "qwen2", "qwen3", "gemma3")
 MIXED = ("every block format and f16", 90)
+MOE = [("qwen2_moe", 80), ("gpt_oss", 90), ("mixtral", 100), ("qwen3_moe", 120)]
 
 
 def each(cases, *buckets: str) -> pytest.MarkDecorator:
@@ -113,7 +130,9 @@ def checkpoint(family: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     if kind == "mixed":
         return save_mixed(path.with_suffix(".gguf"))
-    save_random(path, kind, dtype, **SIZES)
+    hf = save_random(path, kind, dtype, **SIZES | EXPERTS.get(kind, {}))
+    if kind == "gpt_oss":
+        to_mxfp4(path, hf)
     return path
 
 

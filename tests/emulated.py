@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compiled_kernels import ARCHS, DENSE, MIXED, CompiledStep, compiled_step, each
+from compiled_kernels import ARCHS, DENSE, MIXED, MOE, CompiledStep, compiled_step, each
 from ptx_spelled import spelled_out
 
 from onelaunch.codegen.triton.build import signature
@@ -29,7 +29,7 @@ EMULATOR = Path(__file__).resolve().parents[2] / "shared" / "ptxemu"
 STALE = 0x47  # as bytes of float32 or bf16: about 51,000
 PROMPT = [5, 17, 200, 33, 8, 91, 4, 250, 77, 12, 100, 60]  # twelve rows: the first step takes the `many` bucket
 # sm_89's PTX is sm_90's but for how a bucket of many rows is tiled: one family of it, the one with a bf16 cache.
-each_step = each([*product(DENSE, ARCHS), ("qwen3", 89), MIXED])
+each_step = each([*product(DENSE, ARCHS), ("qwen3", 89), MIXED, *MOE])
 
 
 @cache
@@ -53,7 +53,7 @@ class EmulatedStep:
         self.tables = {b: lower(s, self.source.bodies[b], self.plan, None, chunks) for b, s in self.schedules.items()}
         self.stream = streams(self.schedules[STREAMED], self.plan, chunks)
         groups = cache_groups(step.program.kinds, step.program.layers)
-        fields = state_fields(self.limits, step.program.logits.tensor.width, len(groups))
+        fields = state_fields(self.limits, step.program.logits.tensor.width, len(groups), step.program.routing)
         self.raw = np.zeros(state_bytes(fields), np.uint8)
         self.state = {f.name: self.raw[f.offset : f.offset + f.nbytes].view(f.dtype).reshape(f.shape) for f in fields}
         words = max(s.workspace_bytes for s in self.schedules.values()) // 4

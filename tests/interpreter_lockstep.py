@@ -20,14 +20,15 @@ from onelaunch.ir.graph import Graph
 from onelaunch.ir.limits import PAGE_RUN, PAGE_TOKENS, PARTIAL_HEADER, Limits, partial_floats
 from onelaunch.ir.ops import Append, Attend
 from onelaunch.ir.phases import Phase
-from onelaunch.ir.schedule import padded, panel_row_bytes
+from onelaunch.ir.schedule import padded, panel_row_bytes, panel_rows
 from onelaunch.ir.table import ARGS, END, FIELDS, RECORD_WORDS, Arg
 from onelaunch.ir.types import OUTPUTS, Value
 from onelaunch.ir.vm import VirtualMachine
 from onelaunch.models.importer import Imported
 
 PANEL_TYPES = {"bf16": ml_dtypes.bfloat16, "f32": np.float32}
-WRITTEN = ("panel", "unit", "scratch", "out", "logits")  # arguments in whose buffers a body writes, besides `out.VALUE`
+# Arguments in whose buffers a body writes, besides `out.VALUE`.
+WRITTEN = ("panel", "unit", "gather", "scratch", "out", "logits")
 LN2 = math.log(2.0)
 
 
@@ -135,7 +136,7 @@ class Lockstep:
         for name in named:
             if name.startswith("out."):
                 value = next(op.out for op in phase.ops if op.out.name == name[4:])
-                kind = phase.layout if phase.anchor_kind == "linear" else "rows"
+                kind = {"linear": phase.layout, "experts": "experts"}.get(phase.anchor_kind, "rows")
                 found.append((kind, self._value(graph, value)))
         if "group" in named and phase.anchor_kind == "linear":
             half = self._half(phase, body)
@@ -152,7 +153,7 @@ class Lockstep:
         return self.step.schedules[self.step.bucket].buffer(graph.name, name).offset
 
     def _value(self, graph: Graph, value: Value) -> float:
-        n, pitch = self._count(value), padded(value.tensor.width)
+        n, pitch = self._count(value) * panel_rows(value), padded(value.tensor.width)
         start = self._offset(graph, value.name) // 4
         got = self.step.workspace[start : start + n * pitch].reshape(n, pitch)[:, : value.tensor.width]
         wanted = self.machine.space.rows(start * 4, n, value.tensor.width).numpy()
@@ -163,7 +164,7 @@ class Lockstep:
     def _panel(self, phase: Phase, body: str, graph: Graph, arg: Arg) -> float:
         """Rows, and zeros up to the next 32 columns: products with the padding of weights must be zero."""
         x, kind = phase.anchor[0].operands[0], body.removeprefix("pack.")
-        n, width, pitch = self._count(x), x.tensor.width, padded(x.tensor.width)
+        n, width, pitch = self._count(x) * panel_rows(x), x.tensor.width, padded(x.tensor.width)
         start, size = self._offset(graph, arg.name), panel_row_bytes(kind, width)
         memory = self.step.workspace.view(np.uint8)[start:]
         if kind == "q8":
@@ -171,6 +172,7 @@ class Lockstep:
         else:
             got = memory.view(PANEL_TYPES[kind])[: n * pitch].reshape(n, pitch).astype(np.float32)
         wanted = self.machine.space.panel(start, size, n, width)
+        wanted[wanted.isnan().all(-1)] = 0  # of experts that a row does not have: the kernel makes zeros
         self.machine.space.put_panel(start, size, range(n), torch.from_numpy(got[:, :width]))
         return _error(got, torch.nn.functional.pad(wanted, (0, pitch - width)).numpy())
 

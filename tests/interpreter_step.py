@@ -37,17 +37,30 @@ FAMILY_HYPER: dict[str, dict[str, Any]] = {
         "qk_norm": True, "norm_plus_one": True, "activation": "gelu_tanh", "embed_scale": 8.0, "window": 24,
         "layer_kinds": ("local", "global"),
     },
+    "qwen2_moe": {"qkv_bias": True, "experts": 6, "experts_used": 3, "norm_topk": 0},
+    "qwen3_moe": {"qk_norm": True, "experts": 12, "experts_used": 2},
+    "mixtral": {"experts": 3, "experts_used": 3},
+    "gpt_oss": {"experts": 5, "experts_used": 3, "window": 24, "layer_kinds": ("local", "global")},
 }  # fmt: skip
-SIZES = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 96, "vocab": 120}
-K_SIZES = {"hidden": 256, "head_dim": 64, "ffn": 256}  # formats with superblocks of 256 need these
+SIZES = {
+    "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 96, "vocab": 120, "moe_ffn": 96,
+    "shared_ffn": 64,
+}  # fmt: skip
+K_SIZES = {
+    "hidden": 256,
+    "head_dim": 64,
+    "ffn": 256,
+    "moe_ffn": 256,
+    "shared_ffn": 256,
+}  # formats whose blocks share scales need these
 STALE = 0x47  # as bytes of float32 or bf16: about 51,000
 GAIN = 3.0  # of matrices that follow a norm: attention looks somewhere, and greedy text does not settle
 
 
 @cache
-def random_model(family: str, fmt: str = "f32", seed: int = 0, softcap: float = 0.0, **sizes: int) -> Imported:
+def random_model(family: str, fmt: str = "f32", seed: int = 0, softcap: float = 0.0, **sizes: Any) -> Imported:
     """A model whose matrices the checkpoint holds in `fmt`, all values random."""
-    wide = K_SIZES if FORMATS[fmt].disk_block > 32 else {}
+    wide = K_SIZES if FORMATS[fmt].packed_blocks > 1 else {}
     made = random_checkpoint(family_text(family), {**FAMILY_HYPER[family], **SIZES, **wide, **sizes}, seed)
     tensors = {n: dataclasses.replace(t, format=fmt) if len(t.shape) > 1 else t for n, t in made.tensors.items()}
     number = {name: i for i, name in enumerate(tensors)}
@@ -71,7 +84,9 @@ def random_model(family: str, fmt: str = "f32", seed: int = 0, softcap: float = 
 
 
 def _stored(fmt: Format, values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Values [N, K] as the checkpoint holds them; where no quantizer exists, random codes of the same spread."""
+    """Values [.., N, K] as the checkpoint holds them; where no quantizer exists, random codes of the same spread."""
+    if values.ndim == 3:
+        return np.stack([_stored(fmt, v, random) for v in values])
     n, k = values.shape
     if fmt.dense:
         return values.astype(fmt.record)
@@ -79,6 +94,9 @@ def _stored(fmt: Format, values: np.ndarray, random: np.random.Generator) -> np.
         return quantize(fmt, values)
     raw = random.integers(0, 256, (n, fmt.row_bytes(k)), np.uint8)
     records, levels = raw.view(fmt.record), 1 << fmt.bits
+    if fmt.scale == "e8m0":
+        records["d"] = 125 + np.log2(values.std()).round() + random.integers(-1, 2, records.shape)
+        return raw
     scale = {"f16": 1, "super": 32 if fmt.has_min else 74}[fmt.scale]  # of uniform bytes: mean of 6 bits, rms of int8
     step = values.std() * math.sqrt(12) / (levels * scale)
     records["d"] = step * random.uniform(0.8, 1.2, records.shape)
@@ -129,7 +147,7 @@ class InterpretedStep:
         self.tables = {b: lower(s, self.source.bodies[b], plan, None, chunks) for b, s in self.schedules.items()}
         self.stream = streams(self.schedules[STREAMED], plan, self.source.chunk_blocks.get)
         self.groups = cache_groups(program.kinds, program.layers)
-        self.state = State(state_fields(limits, program.logits.tensor.width, len(self.groups)))
+        self.state = State(state_fields(limits, program.logits.tensor.width, len(self.groups), program.routing))
         self.workspace = np.zeros(max(s.workspace_bytes for s in self.schedules.values()) // 4, np.float32)
         self.control = {b: np.zeros(self.source.control_words, np.int32) for b in BUCKETS}
         self.kv = [np.zeros(self._kv_bytes(g), np.uint8) for g in self.groups]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from onelaunch.ir.access import accesses
-from onelaunch.ir.schedule import Buffer, Schedule, phase_of
+from onelaunch.ir.schedule import LIVE, Buffer, Schedule, phase_of
 from onelaunch.ir.table import END, FIELDS
 
 Tables = dict[str, np.ndarray]  # per bucket, int32 [workers, records, RECORD_WORDS]
@@ -39,22 +39,23 @@ class Fault:
     kind: str  # schedule | table | source | ptx
     seen_by: frozenset[str]
     apply: Callable[..., Any]
+    experts: bool  # of a mixture of experts alone
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def _fault(kind: str, *seen_by: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _fault(kind: str, *seen_by: str, experts: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        FAULTS[function.__name__] = Fault(function.__name__, kind, frozenset(seen_by), function)
+        FAULTS[function.__name__] = Fault(function.__name__, kind, frozenset(seen_by), function, experts)
         return function
 
     return register
 
 
-def faults(kind: str, rung: str) -> list[Fault]:
-    """The faults of one kind that a rung must notice."""
-    return [f for f in FAULTS.values() if f.kind == kind and rung in f.seen_by]
+def faults(kind: str, rung: str, experts: bool = False) -> list[Fault]:
+    """The faults of one kind that a rung must notice, those of any model or those of `experts` alone."""
+    return [f for f in FAULTS.values() if f.kind == kind and rung in f.seen_by and f.experts == experts]
 
 
 # ---- task tables --------------------------------------------------------------------------------
@@ -100,6 +101,17 @@ def dropped_signal(tables: Tables, random: Random) -> Tables:
 
 
 @_fault("table", GRID, EMULATOR)
+def doubled_share(tables: Tables, random: Random) -> Tables:
+    """A worker does the tiles of a drain that are its neighbour's, and nobody its own."""
+    table = tables["few"].copy()
+    step = table[:, :, WORD["step"]]
+    shared = (table[:, :, WORD["body"]] != END) & (table[:, :, WORD["last"]] == LIVE) & (step > 1)
+    worker, number = random.choice(np.argwhere(shared).tolist())
+    table[worker, number, WORD["first"]] = (table[worker, number, WORD["first"]] + 1) % step[worker, number]
+    return {**tables, "few": table}
+
+
+@_fault("table", GRID, EMULATOR)
 def swapped_buckets(tables: Tables, random: Random) -> Tables:
     """The prompt step runs the decode step's table: its buffers hold fewer rows."""
     return {"few": tables["few"], "many": tables["few"]}
@@ -120,7 +132,7 @@ def early_reuse(schedule: Schedule, random: Random) -> Schedule:
     for section in schedule.sections:
         graph = schedule.graph(section.name)
         for task in section.queues[0]:
-            if phase_of(graph, task.phase).anchor_kind not in ("linear", "attend"):
+            if phase_of(graph, task.phase).anchor_kind not in ("linear", "experts", "attend"):
                 continue
             found = [a for a in accesses(graph, task) if a.value != "state" and not a.value.startswith("kv")]
             kept = [a for a in found if a.value not in ("token",) and not a.value.endswith(".max")]
@@ -136,6 +148,13 @@ def shared_panel(schedule: Schedule, random: Random) -> Schedule:
     """A panel that every worker fills for itself lies at one place for all."""
     private = sorted((b for b in schedule.buffers if b.private and ".panel." in b.name), key=lambda b: b.name)
     return _replaced(schedule, random.choice(private), private=False)
+
+
+@_fault("schedule", GRID, EMULATOR, experts=True)
+def shared_routes(schedule: Schedule, random: Random) -> Schedule:
+    """The rows of each expert, which every worker lists for itself, lie at one place for all."""
+    own = sorted((b for b in schedule.buffers if b.private and ".gather" in b.name), key=lambda b: b.name)
+    return _replaced(schedule, random.choice(own), private=False)
 
 
 # ---- text of the kernel -------------------------------------------------------------------------
@@ -176,6 +195,18 @@ def no_barrier_after_wait(text: str) -> str:
 def no_barrier_before_heads(text: str) -> str:
     """The epilogue of whole heads reads a unit's memory that other threads are still writing."""
     return _without(text, "[:, None], y)\n            tl.debug_barrier()\n", "[:, None], y)\n")
+
+
+@_fault("source", EMULATOR, experts=True)
+def no_barrier_after_routes(text: str) -> str:
+    """A thread looks up rows of an expert that others are still writing down."""
+    return _function(text, "find_routes", "    tl.debug_barrier()  # this worker's other threads read them next\n")
+
+
+@_fault("source", EMULATOR, experts=True)
+def no_barrier_between_experts(text: str) -> str:
+    """A thread adds to a sum what it has read before another stored the expert before."""
+    return _without(text, "        tl.debug_barrier()  # other threads may hold these rows of the sum next\n")
 
 
 # ---- PTX ----------------------------------------------------------------------------------------

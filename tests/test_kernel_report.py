@@ -7,7 +7,7 @@ from functools import cache
 from itertools import product
 
 import pytest
-from compiled_kernels import DENSE, MIXED, compiled_step, each, group
+from compiled_kernels import DENSE, MIXED, MOE, compiled_step, each, group
 
 from onelaunch.compiler.kernel_report import body_formats, budget, only, problems, report
 from onelaunch.compiler.machines import machine_for
@@ -17,7 +17,7 @@ from onelaunch.ir.schedule import BUCKETS
 # Thread-instructions per weight at one row that the issue allows on sm_90, by the bits of a code.
 MOST = {4: 3.2, 8: 2.5}
 BITS = {"q4_0": 4, "q4_1": 4, "q4_k": 4, "q8_0": 8}
-CASES = [*product(DENSE, (80, 89, 90, 100, 120)), MIXED]
+CASES = [*product(DENSE, (80, 89, 90, 100, 120)), MIXED, *MOE]
 
 
 @cache

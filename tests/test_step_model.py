@@ -50,6 +50,18 @@ def test_the_bytes_are_every_matrix_once():
     assert 0 <= small < 1e-3 * modelled().memory  # one row of the embedding and one cached token
 
 
+@pytest.mark.parametrize("workers", [1, 7, 132])
+def test_of_experts_the_bytes_are_those_of_one_rows(workers):
+    sizes = {"hidden": 512, "experts": 16, "experts_used": 3, "moe_ffn": 192, "layer_kinds": ("global",) * 2}
+    schedule = tiny("qwen3_moe", "q4_0", **sizes).schedule("few", workers, Limits(rows=16, slots=2, context=512))
+    packed = {w.key: w.size for w in packed_weights(schedule.program)}
+    found = {p.phase: p for p in model(schedule, H100).phases if p.section == "global"}
+    for phase, key in (("gate_up", "0.gate_up"), ("down", "0.down")):
+        assert found[phase].memory == packed[key] * 3 / 16
+        trips = sum(r.trips for records in found[phase].records for r in records if r.memory)
+        assert trips > 3 * len(found[phase].records[0])  # a tile begins with a look at the routes
+
+
 def test_phases_and_launch_add_up_to_the_step():
     step = modelled()
     assert step.us == pytest.approx(H100.launch_us + sum(p.layers * p.us for p in step.phases))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,9 @@ def check(pair: Lockstep, rows: list[tuple[int, int, int]]) -> set[str]:
         for found in pair.compare(number):
             assert found.error <= allowed(found.kind, pair.limits.kv_dtype), found
             kinds.add(found.kind)
+    if pair.machine.program.routing[0]:
+        noted, wanted = (state.routing[:, : len(rows)].tolist() for state in (pair.step.state, pair.machine.state))
+        assert noted == wanted
     return kinds
 
 
@@ -66,6 +70,23 @@ def test_bodies_of_every_family_are_the_reference(family):
     panel = {"q8_0": "q8", "q4_0": "q8"}.get(fmt, fmt)
     for rows in STEPS.values():
         assert check(pair, rows) == {"rows", f"pack.{panel}", "heads", "append", "attend", "plain", "pairs"}
+
+
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": ("q4_0", {"layers": 1}),
+    "qwen3_moe": ("f32", {"layers": 1}),
+    "mixtral": ("bf16", {"layers": 1}),
+    "gpt_oss": ("mxfp4", {"hidden": 64, "head_dim": 32, "moe_ffn": 64, "layers": 1, "layer_kinds": ("local",)}),
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_of_every_family_are_the_reference(family):
+    """Rows that share experts and rows that do not; of more experts than the others have, and of all there are."""
+    fmt, sizes = EXPERTS[family]
+    pair = Lockstep(random_model(family, fmt, **sizes), LIMITS)
+    for rows in STEPS.values():
+        assert {"rows", "experts", "attend"} < check(pair, rows)
 
 
 @pytest.mark.parametrize("fmt", READERS)

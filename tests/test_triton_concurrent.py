@@ -33,6 +33,8 @@ CASES = {
     "qwen2 f32": ("qwen2", "f32", "f32", 1e-4),
     "qwen3 bf16": ("qwen3", "bf16", "bf16", 3e-2),
     "gemma3 q4_0": ("gemma3", "q4_0", "f32", 5e-3),
+    "qwen2_moe f32": ("qwen2_moe", "f32", "f32", 1e-4),
+    "gpt_oss f32": ("gpt_oss", "f32", "f32", 1e-4),
 }
 
 
@@ -120,8 +122,8 @@ INTERLEAVINGS = 6
 class Broken:
     """A step to break: `tokens` are those of the sound one."""
 
-    def __init__(self) -> None:
-        self.imported = random_model("gemma3", "f32", vocab=128)
+    def __init__(self, family: str) -> None:
+        self.imported = random_model(family, "f32", vocab=128)
         self.sound = self.made()
         self.tokens = {rows: self._tokens(self.sound, 0, rows) for rows in (4, 8)}
 
@@ -145,11 +147,16 @@ class Broken:
 
 @pytest.fixture(scope="module")
 def broken():
-    return Broken()
+    return Broken("gemma3")
 
 
-def names(kind: str) -> list[str]:
-    return [fault.name for fault in planted.faults(kind, planted.GRID)]
+@pytest.fixture(scope="module")
+def broken_experts():
+    return Broken("qwen3_moe")
+
+
+def names(kind: str, experts: bool = False) -> list[str]:
+    return [fault.name for fault in planted.faults(kind, planted.GRID, experts)]
 
 
 @pytest.mark.parametrize(("name", "seed"), product(names("table"), range(4)))
@@ -171,6 +178,25 @@ def test_faults_of_a_schedule_are_noticed(broken, name, seed):
     assert broken.noticed(broken.made(broken=made), seed)
 
 
+@pytest.mark.parametrize(("name", "seed"), product((*names("schedule", True), "early_reuse"), range(3)))
+def test_faults_of_a_schedule_of_experts_are_noticed(broken_experts, name, seed):
+    made = schedules(fused(broken_experts.imported.program), FAULT_LIMITS, WORKERS)
+    made["few"] = planted.FAULTS[name].apply(made["few"], Random(seed))
+    assert broken_experts.noticed(broken_experts.made(broken=made), seed)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_doubled_share_of_experts_is_noticed(broken_experts, number):
+    """Each worker in turn takes its neighbour's tiles of active experts."""
+    step = broken_experts.made()
+    code = next(b.code for key, b in step.source.bodies["few"].items() if key[1] == "gate_up" and "pack" not in key[2])
+    table = step.tables["few"].copy()
+    (record,) = np.argwhere(table[number, :, 0] == code)[0].tolist()
+    table[number, record, planted.WORD["first"]] = (number + 1) % WORKERS
+    step.tables = {**step.tables, "few": table}
+    assert broken_experts.noticed(step, number) in ("Race", "Stray")
+
+
 @pytest.mark.parametrize(("name", "seed"), product(names("source"), range(2)))
 def test_faults_of_memory_order_are_noticed(broken, name, seed):
     assert broken.noticed(broken.made(edit=planted.FAULTS[name].apply), seed) == "Race"
@@ -179,6 +205,6 @@ def test_faults_of_memory_order_are_noticed(broken, name, seed):
 def test_barriers_are_invisible_here(broken):
     """So that nobody takes this rung for more than it is: their faults are the emulator's and the lint's."""
     for fault in planted.FAULTS.values():
-        if planted.GRID not in fault.seen_by and fault.kind != "ptx":
+        if planted.GRID not in fault.seen_by and fault.kind != "ptx" and not fault.experts:
             assert fault.kind == "source"
             assert broken.noticed(broken.made(edit=fault.apply), 0) == ""

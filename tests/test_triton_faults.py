@@ -85,3 +85,25 @@ def test_faults_of_compiled_code_are_noticed(family, arch, name, rows):
 def test_faults_of_the_generated_text_are_noticed(name):
     gpu = emulated_step("qwen3", 90).with_text(planted.FAULTS[name].apply)
     assert first_noticed(gpu, 0) in {"race", "PoisonRead"}
+
+
+# ---- experts ------------------------------------------------------------------------------------
+
+EXPERTS = ("qwen3_moe", 120)
+
+
+@group(EXPERTS[0])
+@pytest.mark.parametrize("seed", range(3))
+def test_routes_that_workers_share_are_noticed(seed):
+    gpu = emulated_step(*EXPERTS)
+    assert noticed(gpu, seed) == ""
+    (fault,) = planted.faults("schedule", planted.EMULATOR, experts=True)
+    broken = lower(fault.apply(gpu.schedules["few"], Random(seed)), gpu.source.bodies["few"], gpu.plan)
+    assert first_noticed(gpu, seed, tables={"few": broken}) in {"race", "PoisonRead"}
+
+
+@group(EXPERTS[0])
+@pytest.mark.parametrize("fault", planted.faults("source", planted.EMULATOR, experts=True), ids=lambda f: f.name)
+def test_barriers_among_experts_are_missed(fault):
+    gpu = emulated_step(*EXPERTS).with_text(fault.apply)
+    assert first_noticed(gpu, 0) in {"race", "PoisonRead"}

@@ -30,7 +30,7 @@ from ...ir.limits import (
     state_fields,
 )
 from ...ir.op import Op
-from ...ir.ops import Attend, Embed
+from ...ir.ops import Attend, Embed, ExpertLinear
 from ...ir.phases import Phase
 from ...ir.schedule import BUCKETS, Schedule, padded, panel_rows, part_weight, unit_rows
 from ...ir.table import ARGS, FIELDS, RECORD_WORDS, cache_groups, event_count
@@ -140,6 +140,8 @@ def _row_count(value: Value) -> str:
 def _pack(graph: Graph, phase: Phase, name: str, numbers: dict[str, int], common: dict[str, Any]) -> str:
     x = phase.anchor[0].operands[0]
     pointers = [n for n in numbers if n not in ("panel", "splits", "window")]
+    if isinstance(anchor := phase.anchor[0], ExpertLinear):
+        pointers = [n for n in pointers if n != anchor.gates.name]  # places beyond a row's experts are packed as well
     emitter = emit.RowEmitter(lambda op: "packed[m]" if op.out == x else "", numbers, "row")
     source = graph.producer(x)
     lines: list[str] = []

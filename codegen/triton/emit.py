@@ -15,7 +15,7 @@ from ...ir.op import Op
 from ...ir.ops import Append, ElementwiseOp, HeadNorm, Rope
 from ...ir.phases import Phase
 from ...ir.record import ARGS
-from ...ir.schedule import padded
+from ...ir.schedule import padded, value_floats
 from ...ir.types import Value
 
 GELU_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
@@ -23,8 +23,15 @@ POINTWISE: dict[str, Callable[[Any, list[str]], str]] = {
     "add": lambda op, a: f"{a[0]} + {a[1]}",
     "mul": lambda op, a: f"{a[0]} * {a[1]}",
     "silu": lambda op, a: f"{a[0]} * tl.sigmoid({a[0]})",
+    "sigmoid": lambda op, a: f"tl.sigmoid({a[0]})",
     "gelu_tanh": lambda op, a: f"{a[0]} * tl.sigmoid({GELU_SLOPE} * ({a[0]} + 0.044715 * {a[0]} * {a[0]} * {a[0]}))",
-    "scale": lambda op, a: f"{a[0]} * {op.by!r}",
+    "scale": lambda op, a: f"{a[0]} * {float(op.by)!r}",
+    "shift": lambda op, a: f"{a[0]} + {float(op.by)!r}",
+    # Compared, not taken as a minimum: a not-a-number stays one.
+    "clamp": lambda op, a: (
+        f"tl.where({a[0]} > {float(op.high)!r}, {float(op.high)!r}, "
+        f"tl.where({a[0]} < {float(op.low)!r}, {float(op.low)!r}, {a[0]}))"
+    ),
     "softcap": lambda op, a: f"{op.cap!r} * (2.0 * tl.sigmoid(2.0 * {a[0]} / {op.cap!r}) - 1.0)",
 }  # tanh(y) = 2 sigmoid(2 y) - 1
 
@@ -41,7 +48,7 @@ def lanes(n: int) -> int:
 
 def stride(value: Value) -> int:
     """Floats from one row of a value to the next in the workspace."""
-    return padded(value.tensor.width)
+    return value_floats(value)
 
 
 def declare(name: str, position: int, align_words: int) -> str:
@@ -56,32 +63,49 @@ def tile_epilogue(phase: Phase, part: tuple[Op, ...], ops: tuple[Op, ...], store
     """Epilogue of plain and paired tiles, on `y` [outputs, rows]; `row` [1, rows], `live` its mask."""
     names = {op.out.name: ident(op.out.name) for op in (*part, *ops)}
     width = part[0].out.tensor.width
-    lines = []
-    if len(part) == 2:
-        first, second = (names[op.out.name] for op in part)
-        lines += [
-            "y = tl.permute(tl.reshape(y, (2, 16, ROWS)), (1, 2, 0))",
-            f"{first}, {second} = tl.split(y)",
-        ]
-    else:
-        lines.append(f"{names[part[0].out.name]} = y")
-    lines += [f"column = u * {phase.unit} + tl.arange(0, {phase.unit})[:, None]", f"keep = live & (column < {width})"]
+    lines = [*tile_columns(phase, width), *tile_values(part, names)]
+    lines += [pointwise(op, names, width) for op in ops]
+    if ops:  # a small tile's lanes are held by several threads: all read before one overwrites
+        lines.append("tl.debug_barrier()")
+    return lines + [store(op.out, names) for op in (*part, *ops) if op.out.name in stored]
+
+
+def tile_columns(phase: Phase, width: int) -> list[str]:
+    """Which columns of its outputs a tile has, and which of them there are."""
+    return [f"column = u * {phase.unit} + tl.arange(0, {phase.unit})[:, None]", f"keep = live & (column < {width})"]
+
+
+def tile_values(part: tuple[Op, ...], names: dict[str, str]) -> list[str]:
+    """The results of a part's matrices, from a tile `y`: those of a pair lie in it beside each other."""
+    if len(part) == 1:
+        return [f"{names[part[0].out.name]} = y"]
+    first, second = (names[op.out.name] for op in part)
+    return ["y = tl.permute(tl.reshape(y, (2, 16, ROWS)), (1, 2, 0))", f"{first}, {second} = tl.split(y)"]
+
+
+def pointwise(op: Op, names: dict[str, str], width: int) -> str:
+    """The statement of a pointwise op on a tile; `names`: of the values that are in registers."""
 
     def operand(value: Value) -> str:
         if value.name in names:
             return names[value.name]
         if len(value.tensor.shape) == 1:
             return f"tl.load({ident(value.name)} + column, mask=column < {width}, other=0).to(tl.float32, bitcast=True)"
-        return f"tl.load({ident(value.name)} + row * {stride(value)} + column, mask=keep, other=0.0)"
+        if value.tensor.shape[1:] == (1,):  # the same for all columns
+            return f"tl.load({ident(value.name)} + row * {stride(value)}, mask=live, other=0.0)"
+        return f"tl.load({place(value)}, mask=keep, other=0.0)"
 
-    lines += [f"{names[op.out.name]} = {POINTWISE[op.name](op, [operand(v) for v in op.operands])}" for op in ops]
-    if len(lines) > 3:  # a small tile's lanes are held by several threads: all read before one overwrites
-        lines.append("tl.debug_barrier()")
-    for op in (*part, *ops):
-        if op.out.name in stored:
-            at = f"{ident('out.' + op.out.name)} + row.to(tl.int64) * {stride(op.out)} + column"
-            lines.append(f"tl.store({at}, {names[op.out.name]}, mask=keep)")
-    return lines
+    return f"{names[op.out.name]} = {POINTWISE[op.name](op, [operand(v) for v in op.operands])}"
+
+
+def place(value: Value, prefix: str = "") -> str:
+    """Address of a value's columns of a row, or of one of its experts."""
+    slot = f" + slot * {padded(value.tensor.width)}" if len(value.tensor.shape) == 3 else ""
+    return f"{ident(prefix + value.name)} + row.to(tl.int64) * {stride(value)}{slot} + column"
+
+
+def store(value: Value, names: dict[str, str]) -> str:
+    return f"tl.store({place(value, 'out.')}, {names[value.name]}, mask=keep)"
 
 
 def head_epilogue(

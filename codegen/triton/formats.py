@@ -62,13 +62,26 @@ class Reader:
     zero: int
     blocks: int  # of a superblock
     tail_words: int
+    tail_step: int  # words of the tail from one block's scales to the next's; 0: they share them
     code_byte: str
     extra_byte: str
     single: str
+    table: tuple[int, ...] = ()  # what codes mean, halved; `codes` and `single` then give it plus `zero`
 
     @property
     def super_words(self) -> int:
         return self.blocks * self.block_words + self.tail_words
+
+    def block_at(self, n: str) -> str:
+        """The word of a tile at which block `n`, a simple expression, begins."""
+        if self.blocks == 1:
+            return f"{n} * {self.block_words}"
+        return f"{n} // {self.blocks} * {self.super_words} + {n} % {self.blocks} * {self.block_words}"
+
+    def tail_at(self, n: str) -> str:
+        """The word at which what the tail has for block `n` begins."""
+        own = f" + {n} % {self.blocks} * {self.tail_step}" if self.tail_step else ""
+        return f"({n} // {self.blocks} + 1) * {self.super_words} - {self.tail_words}{own}"
 
     @property
     def chunk_blocks(self) -> int:
@@ -116,6 +129,8 @@ def _codes(fmt: Format) -> tuple[str, ...]:
         return tuple(f"w{g}" for g in range(8))
     codes = [f"w{g}" if g < 4 else f"(w{g - 4} >> 4)" for g in range(8)]
     codes = [f"({code} & 0x0F0F0F0F)" for code in codes]
+    if fmt.table:
+        return tuple(f"e2m1({code})" for code in codes)
     for g, (plane, shift, mask) in enumerate(_upper(fmt)):
         moved = f"({plane} << {shift})" if shift >= 0 else f"({plane} >> {-shift})"
         codes[g] += f" | ({moved} & {mask})"
@@ -140,7 +155,7 @@ def _single(fmt: Format) -> tuple[str, str, str]:
     if fmt.bits == 6:
         upper = "512 + half * 128 + {k} // 16 * 64 + {r} * 4 + {k} % 4"
         return byte, upper, low + " | (((extra >> ({k} // 4 % 4 * 2)) & 3) << 4)"
-    return byte, "", low
+    return byte, "", f"(e2m1({low}) & 255)" if fmt.table else low
 
 
 def _scales(fmt: Format) -> tuple[tuple[Scale, ...], tuple[str, ...], str]:
@@ -151,6 +166,8 @@ def _scales(fmt: Format) -> tuple[tuple[Scale, ...], tuple[str, ...], str]:
         if fmt.has_min:
             return (d, Scale("m", "tl.float16", at // 2 + 32)), ("d.to(tl.float32)",), "m.to(tl.float32)"
         return (d,), ("d.to(tl.float32)",), ""
+    if fmt.scale == "e8m0":
+        return (Scale("d", "tl.uint8", 0, in_tail=True),), ("half_e8m0(d)",), ""
     tail = Scale("d", "tl.float16", 0, in_tail=True)
     if fmt.has_min:
         sub = Scale("sub_d", "tl.uint8", at), Scale("sub_m", "tl.uint8", at + 32)
@@ -163,9 +180,10 @@ def _scales(fmt: Format) -> tuple[tuple[Scale, ...], tuple[str, ...], str]:
 def _integer(fmt: Format) -> Reader:
     scales, scale, minimum = _scales(fmt)
     tail = fmt.packed_tail_bytes // WORD
+    step = tail // fmt.packed_blocks if fmt.scale == "e8m0" else 0
     return Reader(
         fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _codes(fmt), _upper(fmt), scales, scale, minimum,
-        fmt.zero, 8 if tail else 1, tail, *_single(fmt),
+        max(fmt.zero, *fmt.table, 0), fmt.packed_blocks, tail, step, *_single(fmt), table=fmt.table,
     )  # fmt: skip
 
 
@@ -174,9 +192,7 @@ _DENSE = {
     "bf16": DenseReader("bf16", 32, 2, 32, "tl.bfloat16", "{k} // 2 * 64 + {row} * 2 + {k} % 2"),
     "f16": DenseReader("f16", 16, 1, 64, "tl.float16", "{k} * 32 + {row}"),
 }
-READERS: dict[str, Reader | DenseReader] = _DENSE | {
-    f.name: _integer(f) for f in FORMATS.values() if not (f.dense or f.table)
-}
+READERS: dict[str, Reader | DenseReader] = _DENSE | {f.name: _integer(f) for f in FORMATS.values() if not f.dense}
 
 
 def reader(name: str) -> Reader | DenseReader:

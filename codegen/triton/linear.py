@@ -16,7 +16,7 @@ from ...ir.bodies import UNIT_ROWS
 from ...ir.schedule import STRATEGIES
 from ..rendering import template
 from .build import WARPS
-from .dots import PANEL, QUAD, Dots, load_asm
+from .dots import PANEL, QUAD, Ahead, Dots, load_asm, scale_names, word_names
 from .formats import CHUNK_GROUPS, PANEL_WORDS, DenseReader, Reader, reader
 from .rows import PANEL_TYPES
 
@@ -38,37 +38,55 @@ class Matrix:
 
 
 def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapping[str, Any]) -> str:
-    """Everything that runs the matrices of format `name` in a bucket; `common` is what all templates get."""
+    """What runs the matrices of format `name` in a bucket, on its `core_text`; `common` is what all templates get."""
     fmt, mine = reader(name), [m for m in matrices if m.format == name]
     strategy = STRATEGIES[bucket]
     rows, outputs = common["n_rows"], [m for m in mine if m.outputs]
     if outputs:
         chosen = " | ".join(f"(body == {m.code})" for m in outputs)
         rows = f"tl.where({chosen}, {common['n_outputs']}, {rows})"
-    dispatcher = template(TEMPLATES, "linear.py.j2").render(
-        **common,
-        bucket=bucket,
-        name=name,
-        streamed=strategy == "vector",
-        rows_at=rows,
-        tile_rows=TILE_ROWS[strategy],
-        tile_words=_tile_words(fmt),
-        plain=[m for m in mine if not m.heads],
-        heads=[m for m in mine if m.heads],
+    return str(
+        template(TEMPLATES, "linear.py.j2").render(
+            **common,
+            bucket=bucket,
+            name=name,
+            streamed=strategy == "vector",
+            rows_at=rows,
+            tile_rows=TILE_ROWS[strategy],
+            tile_words=tile_words_text(fmt),
+            plain=[m for m in mine if not m.heads],
+            heads=[m for m in mine if m.heads],
+        )
     )
-    return _core(fmt, strategy, common["chunks"][name]) + "\n\n" + str(dispatcher)
 
 
-def _tile_words(fmt: Reader | DenseReader) -> str:
+def tile_words_text(fmt: Reader | DenseReader) -> str:
     if isinstance(fmt, Reader) and fmt.tail_words:
         return f"blocks // {fmt.blocks} * {fmt.super_words}"
     return f"blocks * {fmt.block_words}"
 
 
-def _core(fmt: Reader | DenseReader, strategy: str, chunk_blocks: int) -> str:
-    """The functions that multiply one packed tile."""
+def table_text(table: tuple[int, ...], zero: int) -> str:
+    """What formats with a table of signed sizes read them by."""
+    sizes = int.from_bytes(
+        sum(v << 4 * i for i, v in enumerate(table[:8])).to_bytes(4, "little"), "little", signed=True
+    )
+    return str(template(TEMPLATES, "e2m1.py.j2").render(zero=zero, sizes=sizes))
+
+
+def core_text(name: str, bucket: str, streamed: bool, held: bool) -> str:
+    """The functions that multiply one packed tile of a format in a bucket.
+
+    In the bucket that walks the weight stream: of tiles that are `streamed`, and of experts', `held` in registers.
+    """
+    fmt, strategy = reader(name), STRATEGIES[bucket]
     dense, rows = isinstance(fmt, DenseReader), TILE_ROWS[strategy]
-    names = (("one", 1), ("several", rows))
+    kinds = [kind for kind, wanted in ((False, streamed), (True, held)) if wanted]
+    names = [
+        (f"{'expert_' if kind else ''}{n}", count, kind)
+        for kind in kinds
+        for n, count in (("one", 1), ("several", rows))
+    ]
     halves = "ab" if fmt.name == "f16" else "a"  # words of two rows have a sum for each
     values: dict[str, Any] = {"fmt": fmt, "tile_rows": rows, "panel_words": PANEL_WORDS, "warps": WARPS}
     if isinstance(fmt, DenseReader):
@@ -76,14 +94,16 @@ def _core(fmt: Reader | DenseReader, strategy: str, chunk_blocks: int) -> str:
             "panel_type": PANEL_TYPES["bf16" if fmt.name == "bf16" else "f32"],
             "groups": CHUNK_GROUPS,
             "sums": ", ".join(f"sums_{half}" for half in halves),
-            "variants": [DenseVariant(f"{name}_{fmt.name}", n, halves) for name, n in names],
+            "held": held,
+            "variants": [DenseVariant(f"{n}_{fmt.name}", count, kind, halves) for n, count, kind in names],
         }
     elif strategy == "vector":
         values |= {
-            "chunk_blocks": chunk_blocks,
+            "chunk_blocks": fmt.chunk_blocks,
+            "held": Ahead(fmt) if held else None,
             "dots": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
             "scales": ", ".join(s.name for s in fmt.scales),
-            "variants": [Variant(f"{name}_{fmt.name}", n, fmt) for name, n in names],
+            "variants": [Variant(f"{n}_{fmt.name}", count, kind, fmt) for n, count, kind in names],
         }
     return str(template(TEMPLATES, f"{strategy}{'_dense' if dense else ''}.py.j2").render(**values))
 
@@ -96,8 +116,20 @@ class _Tile:
     """
 
     name: str
+    rows: int
+    held: bool  # codes come from device memory, and rows by their routes, not from the ring and one after the other
     sums: list[str]  # what each thread has, in the order of a tile's rows, then of rows of activations
     axis: int  # along which threads share a sum
+
+    @property
+    def source(self) -> str:
+        """The arguments that say where codes and activations come from."""
+        return "route, each" if self.held else "ring, slot, queue, weights, piece, STAGES: tl.constexpr"
+
+    @property
+    def result(self) -> str:
+        wide = f"tl.broadcast_to(tl.reshape(y, (32, {self.rows})), (32, {FEW_ROWS}))"
+        return wide if self.held else f"{wide}, slot, queue"
 
     @property
     def added(self) -> str:
@@ -121,6 +153,7 @@ class Variant(_Tile):
 
     name: str
     rows: int
+    held: bool
     fmt: Reader
     axis = 1
 
@@ -131,7 +164,21 @@ class Variant(_Tile):
     @property
     def parts(self) -> list[Dots]:
         steps = range(0, self.rows, PART_ROWS)
-        return [Dots(self.fmt, tuple(range(p, min(p + PART_ROWS, self.rows))), self.rows > 1) for p in steps]
+        each = [tuple(range(p, min(p + PART_ROWS, self.rows))) for p in steps]
+        return [Dots(self.fmt, rows, self.rows > 1, self.held) for rows in each]
+
+    @property
+    def words(self) -> str:
+        """What is held of a block: codes and scales."""
+        return ", ".join(self._words)
+
+    @property
+    def coming(self) -> str:
+        return ", ".join(f"next_{name}" for name in self._words)
+
+    @property
+    def _words(self) -> list[str]:
+        return [*word_names(self.fmt), *scale_names(self.fmt)]
 
     @property
     def activations(self) -> str:
@@ -146,12 +193,17 @@ class DenseVariant(_Tile):
 
     name: str
     rows: int
+    held: bool
     halves: str  # of a word: names of its sums
     axis = 0
 
     @property
     def sums(self) -> list[str]:  # type: ignore[override]
         return [f"sums{p}_{half}{j}" for j in range(QUAD) for half in self.halves for p in range(self.rows)]
+
+    def far(self, i: int) -> str:
+        """The words of group i of lines, from device memory."""
+        return ", ".join(f"far{i}_{j}" for j in range(QUAD))
 
     def of(self, p: int, j: int) -> str:
         return ", ".join(f"sums{p}_{half}{j}" for half in self.halves)

@@ -30,18 +30,19 @@ from ...ir.limits import (
     state_fields,
 )
 from ...ir.op import Op
-from ...ir.ops import Append, Attend
+from ...ir.ops import Append, Attend, ExpertLinear
 from ...ir.phases import Phase
 from ...ir.sampling import EXP2
-from ...ir.schedule import Schedule, padded, unit_rows
+from ...ir.schedule import Schedule, padded, part_weight, unit_rows
 from ...ir.stream import PIECE, SIZE_BITS
 from ...ir.table import ARGS, FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
 from ...ir.types import OUTPUTS, Value
 from ..rendering import Bodies, BodyText, render_bodies, template
 from . import emit
 from .build import MOST_STAGES, SHELF_BYTES, WARPS
-from .formats import PANEL_WORDS, reader
-from .linear import FEW_ROWS, TEMPLATES, Matrix, linear_text
+from .experts import Experts, common_places, experts_body, experts_text, find_router, finish_text, route_text
+from .formats import PANEL_WORDS, READERS, Reader, reader
+from .linear import FEW_ROWS, TEMPLATES, Matrix, core_text, linear_text, table_text
 from .rows import PANEL_TYPES, RowEmitter
 
 WORD = 4
@@ -90,10 +91,12 @@ class Renderer:
         self.groups = cache_groups(self.program.kinds, self.program.layers)
         self.vocab = self.program.logits.tensor.width
         self.events = max(event_count(s) for s in schedules.values())
-        fields = state_fields(self.limits, self.vocab, len(self.groups))
+        fields = state_fields(self.limits, self.vocab, len(self.groups), self.program.routing)
         self.state = {f.name: f.offset // WORD for f in fields}
         self.kv_names = tuple(f"kv{i}" for i in range(len(self.groups)))
         self.places: dict[str, int] = {}  # where every linear body has its common arguments
+        self.expert_places: dict[str, int] = {}  # and every experts body
+        self.router = find_router(self.program)
         self.chunk_blocks = _chunk_blocks(self.program)
         sizes = [packed_bytes(FORMATS[name], TILE_ROWS, BLOCK_K * n) for name, n in self.chunk_blocks.items()]
         self.slot_bytes = padded(max(sizes) + PIECE, ALIGN)
@@ -104,16 +107,13 @@ class Renderer:
 
     def render(self) -> Source:
         listed, bodies = render_bodies(self.schedules, self._body, "#")
-        matrices = self._matrices(listed, bodies)
-        formats = tuple(dict.fromkeys(m.format for m in matrices))
-        common = self._common({}) | {"common": self.places, "chunks": self.chunk_blocks}
-        linear = [linear_text(name, b, matrices, common) for b in self.schedules for name in formats]
+        matrices, experts = self._matrices(listed, bodies)
         text = template(TEMPLATES, "step.py.j2").render(
             program=self.program,
             version=__version__,
             sync=self._sync(),
-            functions=[*(body.text for body in listed), *linear],
-            buckets={b: self._cases(b, listed, matrices) for b in self.schedules},
+            functions=[*self._helpers(), *(body.text for body in listed), *self._products(matrices, experts)],
+            buckets={b: self._cases(b, listed, matrices, experts) for b in self.schedules},
             kv_names=", ".join(self.kv_names),
             fault=FAULT,
             record_words=RECORD_WORDS,
@@ -126,24 +126,53 @@ class Renderer:
         words = EVENTS + EVENT_STRIDE * self.events
         return Source(text, bodies, self.kv_names, words, self.chunk_blocks, self.slot_bytes)
 
-    def _matrices(self, listed: Sequence[BodyText], bodies: Bodies) -> tuple[Matrix, ...]:
-        """The bodies that are matrices, by number."""
-        titles, found = {body.code: body.title for body in listed}, {}
+    def _helpers(self) -> list[str]:
+        """Functions that bodies of some programs need."""
+        readers = [READERS.get(w.tensor.dtype) for g in self.program.graphs for w in g.weights]
+        tables = {r.table: r.zero for r in readers if isinstance(r, Reader) and r.table}
+        found = [table_text(table, zero) for table, zero in tables.items()]
+        return found + ([route_text(self.router)] if self.router else [])
+
+    def _products(self, matrices: Sequence[Matrix], experts: Sequence[Experts]) -> list[str]:
+        """Per bucket and weight format what multiplies its tiles, its matrices and its experts."""
+        streamed, held = ({m.format: None for m in found} for found in (matrices, experts))
+        common, found = self._common({}), []
+        layer_words = self.limits.rows * self.program.routing[1]
+        for bucket in self.schedules:
+            for name in streamed | held:
+                found.append(core_text(name, bucket, name in streamed, name in held))
+                if name in streamed:
+                    found.append(linear_text(name, bucket, matrices, common | {"common": self.places}))
+                if name in held and self.router:
+                    places = common | {"at": self.expert_places}
+                    found.append(experts_text(name, bucket, experts, self.router, layer_words, places))
+        return found
+
+    def _matrices(self, listed: Sequence[BodyText], bodies: Bodies) -> tuple[list[Matrix], list[Experts]]:
+        """The bodies that are matrices, and those of experts, by number."""
+        titles = {body.code: body.title for body in listed}
+        found: dict[int, Matrix] = {}
+        experts: dict[int, Experts] = {}
         for (graph_name, phase_name, name), body in next(iter(bodies.values())).items():
             graph = next(g for g in self.program.graphs if g.name == graph_name)
             phase = next(p for p in graph.phases if p.name == phase_name)
-            if phase.anchor_kind != "linear" or name.startswith("pack."):
+            if not phase.reads_matrix or name.startswith("pack."):
+                continue
+            if phase.anchor_kind == "experts":
+                experts[body.code] = experts_body(phase, part_of(phase, name), body.code, titles[body.code])
                 continue
             anchor = part_of(phase, name)[0]
             outputs = anchor.out.tensor.shape[0] == OUTPUTS
             dtype = anchor.operands[1].tensor.dtype
             found[body.code] = Matrix(body.code, titles[body.code], dtype, phase.layout == "heads", outputs)
-        return tuple(found.values())
+        return list(found.values()), list(experts.values())
 
-    def _cases(self, bucket: str, listed: Sequence[BodyText], matrices: Sequence[Matrix]) -> list[Case]:
+    def _cases(
+        self, bucket: str, listed: Sequence[BodyText], matrices: Sequence[Matrix], experts: Sequence[Experts]
+    ) -> list[Case]:
         """The branches of a bucket's table loop: one per body, one per format for all its matrices."""
         where = f"workspace, weights, state, {', '.join(self.kv_names)}"
-        codes = {m.code for m in matrices}
+        codes = {m.code for m in matrices} | {e.code for e in experts}
         cases = []
         for body in listed:
             if body.code not in codes:
@@ -157,6 +186,11 @@ class Renderer:
             if bucket == STREAMED:
                 call = f"{STATE} = {call[:-1]}, ring, {STATE}, piece, STAGES)"
             cases.append(Case(test, ", ".join(m.title for m in mine), call))
+        for name in dict.fromkeys(e.format for e in experts):
+            chosen = [e for e in experts if e.format == name]
+            call = f"{bucket}_experts_{name}(body, here, first, last, stride, workspace, weights, state)"
+            test = " | ".join(f"(body == {e.code})" for e in chosen)
+            cases.append(Case(test, ", ".join(e.title for e in chosen), call))
         return cases
 
     def _common(self, numbers: dict[str, int]) -> dict[str, Any]:
@@ -214,6 +248,8 @@ class Renderer:
         match phase.anchor_kind:
             case "linear":
                 return self._finish(graph, phase, part_of(phase, name), numbers, common)
+            case "experts":
+                return self._experts(graph, phase, part_of(phase, name), numbers, common)
             case "rows":
                 return self._rows(graph, phase, numbers, common)
             case "attend":
@@ -231,6 +267,10 @@ class Renderer:
         source = graph.producer(x)
         attended = source if isinstance(source, Attend) and not phase.prologue else None
         emitter = RowEmitter(phase.prologue, attended, numbers)
+        if len(x.tensor.shape) == 3:
+            anchor = phase.anchor[0]
+            assert isinstance(anchor, ExpertLinear)
+            emitter.used(anchor.gates, anchor.k)
         emitter.panel(x, kind)
         pointers = [n for n in numbers if n not in ("panel", "splits", "window")]
         return str(
@@ -243,6 +283,16 @@ class Renderer:
                 statements=emitter.lines,
             )
         )
+
+    def _experts(
+        self, graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str, int], common: dict[str, Any]
+    ) -> str:
+        """The epilogue of experts; experts.py makes what comes before it."""
+        places = common_places(phase, part, numbers)
+        expect(self.expert_places in ({}, places), f"phase `{phase.name}`: experts have their arguments elsewhere")
+        self.expert_places = places
+        reader(part_weight(part).tensor.dtype)  # refuses what has none
+        return finish_text(phase, part, numbers, stored(graph, phase), common)
 
     def _finish(
         self, graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str, int], common: dict[str, Any]

@@ -6,16 +6,40 @@ expression is computed afresh, after a loop for each norm that it needs. So a ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from ...ir.errors import expect
 from ...ir.limits import PARTIAL_HEADER, SPLIT_TOKENS, partial_floats
 from ...ir.op import Op
-from ...ir.ops import Attend, ElementwiseOp, Embed, RmsNorm, RopeAngles, Select
+from ...ir.ops import (
+    Attend,
+    ElementwiseOp,
+    Embed,
+    GroupLimit,
+    Normalize,
+    RmsNorm,
+    RopeAngles,
+    Select,
+    Softmax,
+    TopK,
+)
 from ...ir.record import ARGS
-from ...ir.schedule import padded
+from ...ir.schedule import padded, value_floats
 from ...ir.types import Value
 from .emit import POINTWISE, ident, lanes, stride
 from .formats import DenseReader, Reader, reader, tile_words
 
 CHUNK = 4096  # values of a row at a time: all their loads are one latency
+LOG2E = 1.4426950408889634
+ROUTERS: dict[str, Callable[[Any, list[str]], str]] = {  # of whole rows: templates/route.py.j2
+    "softmax": lambda op, a: f"softmax({a[0]}, inside)",
+    "top_k": lambda op, a: f"top_k({a[0]}, {a[1]}, k, inside, {op.k})",
+    "group_limit": lambda op, a: (
+        f"group_limit({a[0]}, k, inside, {op.groups}, {op.keep}, {op.best}, {op.x.tensor.width // op.groups})"
+    ),
+    "normalize": lambda op, a: f"normalize({a[0]}, inside, {float(op.eps)!r})" if op.on else a[0],
+}
 PANEL_TYPES = {"q8": "tl.int32", "bf16": "tl.bfloat16", "f32": "tl.float32"}
 
 
@@ -45,25 +69,38 @@ class RowEmitter:
 
     def panel(self, value: Value, kind: str) -> None:
         """Write a row to the activation panel of a matrix."""
-        width, k = value.tensor.width, padded(value.tensor.width)
+        width, k = value.tensor.width, value_floats(value)
 
         def put(tile: str) -> list[str]:
             if kind == "q8":
-                size = self._chunk(width)
-                return [f"store_q8(panel + row * {k // 32 * 12}, {tile}, start, {k // 32}, {size})"]
+                return [f"store_q8(panel + row * {k // 32 * 12}, {tile}, start, {k // 32}, {self._chunk(k)})"]
             return [f"tl.store(panel + row * {k} + k, {tile}.to({PANEL_TYPES[kind]}), mask=k < {k})"]
 
-        self._loop(width, value, put)
+        if len(value.tensor.shape) == 2:
+            self._loop(width, value, put)
+        else:
+            # A row's experts lie one after the other. Of those it does not have nothing was written.
+            own = padded(width)
+            self._loop(k, value, put, f"(k < used * {own}) & (k % {own} < {width})")
+
+    def used(self, gates: Value, most: int) -> None:
+        """Count the experts of `row` as `used`."""
+        n = gates.tensor.width
+        load = f"tl.load({ident(gates.name)} + row * {stride(gates)} + e, mask=e < {n}, other=0.0)"
+        self.lines += [
+            f"e = tl.arange(0, {lanes(n)})",
+            f"used = tl.minimum(tl.sum(({load} != 0).to(tl.int32), axis=0), {most})",
+        ]
 
     def _chunk(self, width: int) -> int:
         return max(32, min(CHUNK, lanes(width)))
 
-    def _loop(self, width: int, value: Value, put) -> None:  # type: ignore[no-untyped-def]
+    def _loop(self, width: int, value: Value, put, inside: str = "") -> None:  # type: ignore[no-untyped-def]
         """One loop over the chunks of a row; `put` gives the statements that take the value's tile."""
         self._prepare(value)
         size = self._chunk(width)
         self.made = {}
-        outer, self.lines = self.lines, [f"k = start + tl.arange(0, {size})", f"inside = k < {width}"]
+        outer, self.lines = self.lines, [f"k = start + tl.arange(0, {size})", f"inside = {inside or f'k < {width}'}"]
         tile = self._tile(value)
         body, self.lines = [*self.lines, *put(tile)], outer
         if width <= size:
@@ -101,7 +138,7 @@ class RowEmitter:
         elif len(value.tensor.shape) == 1:
             self.lines.append(f"{tile} = {self._load(ident(value.name), 'k')}.to(tl.float32, bitcast=True)")
         else:
-            at = f"row.to(tl.int64) * {stride(value)} + k"
+            at = f"row.to(tl.int64) * {stride(value)}" + ("" if value.tensor.shape[1:] == (1,) else " + k")
             self.lines.append(f"{tile} = {self._load(ident(value.name), at)}")
         self.made[value.name] = tile
         return tile
@@ -120,6 +157,10 @@ class RowEmitter:
                 return embed_lines(op, tile)
             case RopeAngles():
                 return _angles(op, tile)
+            case Softmax() | TopK() | GroupLimit() | Normalize():
+                width = op.out.tensor.width
+                expect(width <= CHUNK, f"{op.name}: expected rows of at most {CHUNK} values on a GPU, got {width}")
+                return [f"{tile} = {ROUTERS[op.name](op, [self._tile(v) for v in op.operands])}"]
             case ElementwiseOp():
                 return [f"{tile} = {POINTWISE[op.name](op, [self._tile(v) for v in op.operands])}"]
         raise TypeError(f"no row statement for `{op.name}`")
@@ -151,8 +192,21 @@ class RowEmitter:
             "    top = tl.maximum(m, m2)",
             "    keep, take = tl.exp2(m - top), tl.exp2(m2 - top)",
             "    m, l, o = top, l * keep + l2 * take, o * keep + o2 * take",
+            *_sink(op),
             f"{tile} = o / l + tl.zeros(({size},), tl.float32)",
         ]
+
+
+def _sink(op: Attend) -> list[str]:
+    """The score that takes weight and has no value. Not before all splits: their number must not matter."""
+    if op.sinks is None:
+        return []
+    return [
+        f"sink = tl.load({ident(op.sinks.name)} + head, mask=inside, other=0).to(tl.float32, bitcast=True) * {LOG2E}",
+        "top = tl.maximum(m, sink)",
+        "keep = tl.exp2(m - top)",
+        "l, o = l * keep + tl.exp2(sink - top), o * keep",
+    ]
 
 
 def _angles(op: RopeAngles, tile: str) -> list[str]:
@@ -186,12 +240,12 @@ def _embed_code(fmt: Reader) -> list[str]:
         text.format(k="(k % 32)", r="(r % 16)") for text in (fmt.code_byte, fmt.extra_byte, fmt.single)
     )
     lines = [
-        f"block = table + k // {32 * fmt.blocks} * {fmt.super_words} + k // 32 % {fmt.blocks} * {fmt.block_words}",
+        f"block = table + {fmt.block_at('k // 32')}",
         "half, octets = r // 16, block.to(tl.pointer_type(tl.uint8))",
         f"code = tl.load(octets + {byte}, mask=inside, other=0)",
     ]
     if fmt.tail_words:
-        lines.append(f"tail = table + (k // {32 * fmt.blocks} + 1) * {fmt.super_words} - {fmt.tail_words}")
+        lines.append(f"tail = table + {fmt.tail_at('k // 32')}")
     if extra:
         lines.append(f"extra = tl.load(octets + {extra}, mask=inside, other=0)")
     lines.append(f"code = ({single}).to(tl.float32) - {float(fmt.zero)}")
