@@ -70,7 +70,7 @@ def random_model(family: str, fmt: str = "f32", seed: int = 0, softcap: float = 
         if len(info.shape) == 1:
             return values
         values = values * np.float32(GAIN) if "proj" in name else values
-        return _stored(FORMATS[fmt], values, np.random.default_rng([seed, number[name]]))
+        return stored(FORMATS[fmt], values, np.random.default_rng([seed, number[name]]))
 
     imported = import_checkpoint(dataclasses.replace(made, tensors=tensors, read=read))
     if not softcap:
@@ -83,10 +83,10 @@ def random_model(family: str, fmt: str = "f32", seed: int = 0, softcap: float = 
     return dataclasses.replace(imported, program=imported.program.map(capped))
 
 
-def _stored(fmt: Format, values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def stored(fmt: Format, values: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Values [.., N, K] as the checkpoint holds them; where no quantizer exists, random codes of the same spread."""
     if values.ndim == 3:
-        return np.stack([_stored(fmt, v, random) for v in values])
+        return np.stack([stored(fmt, v, random) for v in values])
     n, k = values.shape
     if fmt.dense:
         return values.astype(fmt.record)

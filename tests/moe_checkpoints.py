@@ -12,7 +12,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from onelaunch.ir.formats import FORMATS, decode
-from onelaunch.models.importer import Imported, family_text, import_checkpoint
+from onelaunch.ir.model_text import ModelText, parse_model
+from onelaunch.models.importer import FAMILIES, Imported, family_text, import_checkpoint
 from onelaunch.models.instantiate import evaluate_number
 from onelaunch.models.open import open_checkpoint
 
@@ -102,3 +103,27 @@ def to_mxfp4(folder: Path, hf: torch.nn.Module) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+ROUTERS = {
+    "sigmoid, bias, groups, scaled": """
+  s = sigmoid(linear(h, w.router))
+  c = group_limit(add(s, w.router_bias), groups=4, keep=2, best=2)
+  gates = scale(normalize(top_k(s, c, k=experts_used), eps=1e-20), by=2.5)""",
+    "softmax, best of each group, not normalised": """
+  s = softmax(linear(h, w.router))
+  c = group_limit(s, groups=3, keep=2, best=1)
+  gates = scale(top_k(s, c, k=experts_used), by=16)""",
+}
+
+
+def other_router(router: str) -> ModelText:
+    """Qwen2's mixture of experts with one of ROUTERS and a shared expert without a gate."""
+    text = (FAMILIES / "qwen2_moe.ol").read_text()
+    start, end = text.index("  p = softmax"), text.index("  f = mul(")
+    text = text[:start] + ROUTERS[router].lstrip("\n") + "\n" + text[end:]
+    text = text.replace("mul(s, sigmoid(linear(h, w.shared_router)))", "s")
+    lines = [line for line in text.splitlines() if not line.startswith("  shared_router:")]
+    bias = '  router_bias: [experts] = hf "model.layers.{i}.mlp.gate.bias"'
+    at = next(i for i, line in enumerate(lines) if line.startswith("  router:"))
+    return parse_model("\n".join([*lines[:at], bias, *lines[at:]] if "bias" in router else lines))

@@ -7,16 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from moe_checkpoints import as_gguf, to_mxfp4
+from moe_checkpoints import ROUTERS, as_gguf, other_router, to_mxfp4
 
 from onelaunch.compiler.driver import Request, compile_imported
 from onelaunch.compiler.verify import ReferenceWeights, verify_artifact
 from onelaunch.compiler.weights import pack_one, packed_weights
 from onelaunch.ir.errors import LoadError
 from onelaunch.ir.limits import Limits
-from onelaunch.ir.model_text import parse_model
 from onelaunch.ir.reference import ReferenceModel, RowBatch
-from onelaunch.models.importer import FAMILIES, import_checkpoint
+from onelaunch.models.importer import import_checkpoint
 from onelaunch.models.open import open_checkpoint
 from onelaunch.models.random import random_checkpoint
 from onelaunch.passes import GRAPH_PASSES, Options
@@ -87,30 +86,10 @@ def test_compiled_mxfp4_computes_what_its_phases_mean(oss, compiled):
     assert {c.name: c.passed for c in checks if c.name in ("weights", "phases")} == {"weights": True, "phases": True}
 
 
-ROUTERS = {
-    "sigmoid, bias, groups, scaled": """
-  s = sigmoid(linear(h, w.router))
-  c = group_limit(add(s, w.router_bias), groups=4, keep=2, best=2)
-  gates = scale(normalize(top_k(s, c, k=experts_used), eps=1e-20), by=2.5)""",
-    "softmax, best of each group, not normalised": """
-  s = softmax(linear(h, w.router))
-  c = group_limit(s, groups=3, keep=2, best=1)
-  gates = scale(top_k(s, c, k=experts_used), by=16)""",
-}
-
-
 @pytest.mark.parametrize("router", ROUTERS)
 def test_other_routers_and_a_shared_expert_without_a_gate(router, tmp_path):
     """As DeepSeek V3's and V2's; against the reference executor, as no family of ours has them yet."""
-    text = (FAMILIES / "qwen2_moe.ol").read_text()
-    start, end = text.index("  p = softmax"), text.index("  f = mul(")
-    text = text[:start] + ROUTERS[router].lstrip("\n") + "\n" + text[end:]
-    text = text.replace("mul(s, sigmoid(linear(h, w.shared_router)))", "s")
-    lines = [line for line in text.splitlines() if not line.startswith("  shared_router:")]
-    bias = '  router_bias: [experts] = hf "model.layers.{i}.mlp.gate.bias"'
-    at = next(i for i, line in enumerate(lines) if line.startswith("  router:"))
-    text = "\n".join([*lines[:at], bias, *lines[at:]] if "bias" in router else lines)
-    family = parse_model(text)
+    family = other_router(router)
     checkpoint = random_checkpoint(family, {"experts": 12, "experts_used": 3, "hidden": 96, "qk_norm": False})
     imported = import_checkpoint(checkpoint, family)
     request = Request(tmp_path, tmp_path / "made", limits=Limits(**LIMITS), workers=(2,))
