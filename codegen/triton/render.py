@@ -9,53 +9,36 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ... import __version__
-from ...ir.access import stored
-from ...ir.bodies import Args, part_epilogue, part_of
-from ...ir.drafting import LONGEST, MATCH_BITS, SHORTEST
+from ...ir.bodies import part_of
 from ...ir.errors import expect
 from ...ir.formats import BLOCK_K, FORMATS, TILE_ROWS, packed_bytes
-from ...ir.graph import Graph, Program
+from ...ir.graph import Program
 from ...ir.limits import (
     ALIGN,
     PAGE_RUN,
-    PARTIAL_HEADER,
-    SPLIT_TOKENS,
-    STOP_TOKENS,
     Limits,
     kv_tile_bytes,
-    partial_floats,
     state_fields,
 )
-from ...ir.op import Op
-from ...ir.ops import Append, Attend, ExpertLinear
-from ...ir.phases import Phase
-from ...ir.sampling import EXP2
-from ...ir.schedule import Schedule, padded, part_weight, unit_rows
+from ...ir.schedule import Schedule, padded
 from ...ir.stream import PIECE, SIZE_BITS
-from ...ir.table import ARGS, FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
-from ...ir.types import OUTPUTS, Value
+from ...ir.table import FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
+from ...ir.types import OUTPUTS
 from ..rendering import Bodies, BodyText, render_bodies, template
-from . import emit
+from .bodies import WORD, BodyRenderer
 from .build import MOST_STAGES, SHELF_BYTES, WARPS
-from .experts import Experts, common_places, experts_body, experts_text, find_router, finish_text, route_text
+from .experts import Experts, experts_body, experts_text, find_router, route_text
 from .formats import PANEL_WORDS, READERS, Reader, reader
 from .linear import FEW_ROWS, TEMPLATES, Matrix, core_text, linear_text, table_text
-from .rows import PANEL_TYPES, RowEmitter
 
-WORD = 4
 EVENT_STRIDE = 32  # words: an event has a 128-byte line of its own
 EVENTS = 64  # words before the events: the epoch, and the fault record at FAULT
 FAULT = 8
 SPIN_POLLS, FAULT_POLLS = 1 << 12, 1 << 22  # polls before a worker looks for a fault, and before it reports one
-EMPTY = -1e30
 STATE = "slot, queue"  # where a worker is in its weight stream
 STREAMED = "few"  # the bucket whose matrices walk the weight stream
-ATTEND_STAGES = 2  # tiles of the cache in flight
-SAMPLE_CHUNK = 2048  # logits at a time
-LOOK_UP_CHUNK = 1024  # places of a slot's tokens at a time
 
 
 @dataclass(frozen=True)
@@ -94,8 +77,7 @@ class Renderer:
         fields = state_fields(self.limits, self.vocab, len(self.groups), self.program.routing)
         self.state = {f.name: f.offset // WORD for f in fields}
         self.kv_names = tuple(f"kv{i}" for i in range(len(self.groups)))
-        self.places: dict[str, int] = {}  # where every linear body has its common arguments
-        self.expert_places: dict[str, int] = {}  # and every experts body
+        self.bodies = BodyRenderer(self.program, self.limits, self.state, self.kv_names)
         self.router = find_router(self.program)
         self.chunk_blocks = _chunk_blocks(self.program)
         sizes = [packed_bytes(FORMATS[name], TILE_ROWS, BLOCK_K * n) for name, n in self.chunk_blocks.items()]
@@ -106,7 +88,7 @@ class Renderer:
         )
 
     def render(self) -> Source:
-        listed, bodies = render_bodies(self.schedules, self._body, "#")
+        listed, bodies = render_bodies(self.schedules, self.bodies.text, "#")
         matrices, experts = self._matrices(listed, bodies)
         text = template(TEMPLATES, "step.py.j2").render(
             program=self.program,
@@ -136,15 +118,15 @@ class Renderer:
     def _products(self, matrices: Sequence[Matrix], experts: Sequence[Experts]) -> list[str]:
         """Per bucket and weight format what multiplies its tiles, its matrices and its experts."""
         streamed, held = ({m.format: None for m in found} for found in (matrices, experts))
-        common, found = self._common({}), []
+        common, found = self.bodies.common({}), []
         layer_words = self.limits.rows * self.program.routing[1]
         for bucket in self.schedules:
             for name in streamed | held:
                 found.append(core_text(name, bucket, name in streamed, name in held))
                 if name in streamed:
-                    found.append(linear_text(name, bucket, matrices, common | {"common": self.places}))
+                    found.append(linear_text(name, bucket, matrices, common | {"common": self.bodies.places}))
                 if name in held and self.router:
-                    places = common | {"at": self.expert_places}
+                    places = common | {"at": self.bodies.expert_places}
                     found.append(experts_text(name, bucket, experts, self.router, layer_words, places))
         return found
 
@@ -193,12 +175,6 @@ class Renderer:
             cases.append(Case(test, ", ".join(e.title for e in chosen), call))
         return cases
 
-    def _common(self, numbers: dict[str, int]) -> dict[str, Any]:
-        return {
-            "code": "CODE", "title": "TITLE", "args": numbers, "args_word": ARGS, "align_words": ALIGN // WORD,
-            "kv_names": ", ".join(self.kv_names), "layer_word": FIELDS.index("layer"), **self.state,
-        }  # fmt: skip
-
     def _sync(self) -> str:
         text = template(TEMPLATES, "sync.py.j2").render(
             events=EVENTS,
@@ -239,189 +215,6 @@ class Renderer:
     def _run_elements(self, group: CacheGroup) -> int:
         size = kv_tile_bytes(group.type.head_dim, self.limits)
         return PAGE_RUN * len(group.layers) * group.type.kv_heads * size // kv_element(self.limits)
-
-    def _body(self, graph: Graph, phase: Phase, name: str, args: Args) -> str:
-        numbers = {key: i for i, key in enumerate(args)}
-        common = self._common(numbers)
-        if name.startswith("pack."):
-            return self._pack(graph, phase, name, numbers, common)
-        match phase.anchor_kind:
-            case "linear":
-                return self._finish(graph, phase, part_of(phase, name), numbers, common)
-            case "experts":
-                return self._experts(graph, phase, part_of(phase, name), numbers, common)
-            case "rows":
-                return self._rows(graph, phase, numbers, common)
-            case "attend":
-                return self._attend(phase, common)
-            case "sample":
-                return self._sample(common)
-            case _:
-                return self._commit(common)
-
-    def _row_count(self, value: Value) -> int:
-        return self.state["n_outputs" if value.tensor.shape[0] == OUTPUTS else "n_rows"]
-
-    def _pack(self, graph: Graph, phase: Phase, name: str, numbers: dict[str, int], common: dict[str, Any]) -> str:
-        x, kind = phase.anchor[0].operands[0], name.removeprefix("pack.")
-        source = graph.producer(x)
-        attended = source if isinstance(source, Attend) and not phase.prologue else None
-        emitter = RowEmitter(phase.prologue, attended, numbers)
-        if len(x.tensor.shape) == 3:
-            anchor = phase.anchor[0]
-            assert isinstance(anchor, ExpertLinear)
-            emitter.used(anchor.gates, anchor.k)
-        emitter.panel(x, kind)
-        pointers = [n for n in numbers if n not in ("panel", "splits", "window")]
-        return str(
-            template(TEMPLATES, "pack.py.j2").render(
-                **common,
-                ops=[str(op) for op in phase.prologue],
-                row_count=self._row_count(x),
-                panel_type=PANEL_TYPES[kind],
-                pointers=[emit.declare(n, numbers[n], ALIGN // WORD) for n in pointers],
-                statements=emitter.lines,
-            )
-        )
-
-    def _experts(
-        self, graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str, int], common: dict[str, Any]
-    ) -> str:
-        """The epilogue of experts; experts.py makes what comes before it."""
-        places = common_places(phase, part, numbers)
-        expect(self.expert_places in ({}, places), f"phase `{phase.name}`: experts have their arguments elsewhere")
-        self.expert_places = places
-        reader(part_weight(part).tensor.dtype)  # refuses what has none
-        return finish_text(phase, part, numbers, stored(graph, phase), common)
-
-    def _finish(
-        self, graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str, int], common: dict[str, Any]
-    ) -> str:
-        """The epilogue of a matrix; linear.py makes what comes before it."""
-        ops, kept = part_epilogue(phase, part), stored(graph, phase)
-        names = ("weight", "panel", "blocks", "tiles", "unit")
-        self.places |= {n: numbers[n] for n in names if n in numbers}
-        expect(
-            all(numbers.get(n, at) == at for n, at in self.places.items()),
-            f"phase `{phase.name}`: a matrix has its common arguments elsewhere than the others",
-        )
-        fmt = part[0].operands[1].tensor.dtype
-        reader(fmt)  # refuses what has none
-        if phase.layout == "heads":
-            lines = emit.head_epilogue(phase, part, ops, kept, self._append(part, ops, numbers))
-        else:
-            lines = emit.tile_epilogue(phase, part, ops, kept)
-        pointers = [n for n in numbers if n not in (*names, "group", "maxima")]
-        return str(
-            template(TEMPLATES, "finish.py.j2").render(
-                **common,
-                ops=[str(op) for op in (*part, *ops)],
-                fmt_name=fmt,
-                layout=phase.layout,
-                width=unit_rows(phase, part),
-                head=phase.unit,
-                head_lanes=emit.lanes(phase.unit),
-                outputs=part[0].out.tensor.shape[0] == OUTPUTS,
-                pointers=[emit.declare(n, numbers[n], ALIGN // WORD) for n in pointers],
-                statements=lines,
-            )
-        )
-
-    def _append(self, part: tuple[Op, ...], ops: tuple[Op, ...], numbers: dict[str, int]) -> list[str]:
-        for op in ops:
-            if isinstance(op, Append):
-                half = "k" if op.k.name in {o.out.name for o in (*part, *ops)} else "v"
-                sizes = {"slots": self.limits.slots, "slot_pages": self.limits.pages}
-                names = ", ".join(self.kv_names)
-                return emit.append_lines(
-                    op, half, self.limits.kv_dtype, sizes, names, numbers["group"], FIELDS.index("layer")
-                )
-        return []
-
-    def _rows(self, graph: Graph, phase: Phase, numbers: dict[str, int], common: dict[str, Any]) -> str:
-        kept = stored(graph, phase)
-        emitter = RowEmitter(phase.ops)
-        for op in phase.ops:
-            if op.out.name in kept:
-                emitter.store(op)
-        return str(
-            template(TEMPLATES, "rows.py.j2").render(
-                **common,
-                ops=[str(op) for op in phase.ops],
-                row_count=self._row_count(phase.ops[0].out),
-                pointers=[emit.declare(n, i, ALIGN // WORD) for n, i in numbers.items()],
-                statements=emitter.lines,
-            )
-        )
-
-    def _attend(self, phase: Phase, common: dict[str, Any]) -> str:
-        op = phase.anchor[0]
-        assert isinstance(op, Attend)
-        cache = op.kv.cache
-        dim = padded(cache.head_dim, 16)
-        log2e = 1.4426950408889634
-        return str(
-            template(TEMPLATES, "attend.py.j2").render(
-                **common,
-                ops=[str(op)],
-                stages=ATTEND_STAGES,
-                kv_dtype=self.limits.kv_dtype,
-                heads=op.q.tensor.width // cache.head_dim,
-                kv_heads=cache.kv_heads,
-                head_dim=cache.head_dim,
-                group=op.group,
-                group_lanes=max(16, emit.lanes(op.group)),
-                dim_lanes=max(32, emit.lanes(dim)),
-                dim_padded=dim,
-                value_words=32 * dim,
-                value_elements=64 * dim,
-                tile_elements=128 * dim,
-                page_run=PAGE_RUN,
-                partial_floats=partial_floats(cache.head_dim),
-                partial_header=PARTIAL_HEADER,
-                split_tokens=SPLIT_TOKENS,
-                q_stride=padded(op.q.tensor.width),
-                scale=repr(op.scale * log2e),
-                softcap=repr(op.softcap),
-                log2e=repr(log2e),
-                empty=repr(EMPTY),
-                slots=self.limits.slots,
-                slot_pages=self.limits.pages,
-            )
-        )
-
-    def _sample(self, common: dict[str, Any]) -> str:
-        return str(
-            template(TEMPLATES, "sample.py.j2").render(
-                **common,
-                vocab=self.vocab,
-                stride=padded(self.vocab),
-                seen_words=-(-self.vocab // 32),
-                weights_at=padded(self.vocab, 4),
-                chunk=min(SAMPLE_CHUNK, max(32, emit.lanes(self.vocab))),
-                exp2=[repr(float(c)) for c in EXP2],
-                drafts=self.limits.drafts,
-                draft_lanes=emit.lanes(self.limits.drafts + 1),
-            )
-        )
-
-    def _commit(self, common: dict[str, Any]) -> str:
-        limits = self.limits
-        drafting = {
-            "drafts": limits.drafts, "draft_lanes": emit.lanes(limits.drafts + 1), "few_rows": limits.few_rows,
-            "shortest": SHORTEST, "longest": LONGEST, "chunk": LOOK_UP_CHUNK, "match_bits": MATCH_BITS,
-        }  # fmt: skip
-        return str(
-            template(TEMPLATES, "commit_drafts.py.j2" if limits.drafts else "commit.py.j2").render(
-                **common,
-                **drafting,
-                seen_words=-(-self.vocab // 32),
-                context=limits.context,
-                stop_tokens=STOP_TOKENS,
-                row_lanes=emit.lanes(limits.rows),
-                output_lanes=emit.lanes(limits.outputs),
-            )
-        )
 
 
 def _chunk_blocks(program: Program) -> dict[str, int]:
