@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,7 @@ def _compiled(name: str):
     step = load_module("\n\n".join(parts) + KERNEL.format(name=name, most=FEW_ROWS)).one_tile
     types = {"weight": "*i32", "panel": "*i32", "route": "*i32", "out": "*fp32", "blocks": "i32", "rows": "i32"}
     options = {k: v for k, v in OPTIONS.items() if k != "num_stages"}
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as build.py does
     with llvm_switches():
         return emulator().compile_kernel(step, types, arch=90, num_warps=WARPS, num_stages=3, **options)
 
