@@ -2,7 +2,8 @@
 
 What a worker reads never depends on an activation, so an executor may have several chunks on their way at any time:
 across tiles, across records, and while a join holds the worker. A chunk is up to so many blocks of 32 k of one tile,
-contiguous in memory; only the last of a tile may be shorter.
+contiguous in memory; only the last of a tile may be shorter. Matrices of experts are left out: which of them a step
+reads does depend on activations, and an executor reads them itself.
 
     chunks = streams(schedule, weights, chunk_blocks)   # int64 [workers, chunks]: offset and size in PIECEs
 """

@@ -198,15 +198,9 @@ def no_barrier_before_heads(text: str) -> str:
 
 
 @_fault("source", EMULATOR, experts=True)
-def no_barrier_after_routes(text: str) -> str:
-    """A thread looks up rows of an expert that others are still writing down."""
-    return _function(text, "find_routes", "    tl.debug_barrier()  # this worker's other threads read them next\n")
-
-
-@_fault("source", EMULATOR, experts=True)
-def no_barrier_between_experts(text: str) -> str:
-    """A thread adds to a sum what it has read before another stored the expert before."""
-    return _without(text, "        tl.debug_barrier()  # other threads may hold these rows of the sum next\n")
+def no_barrier_after_the_last_expert(text: str) -> str:
+    """A thread reads a sum to which others are still adding. Between experts the products' own barriers would do."""
+    return _without(text, "if i + 1 >= number:\n            tl.debug_barrier()\n", "if i + 1 >= number:\n")
 
 
 # ---- PTX ----------------------------------------------------------------------------------------

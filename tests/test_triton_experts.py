@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from onelaunch.codegen.triton.build import OPTIONS, WARPS, llvm_switches, load_m
 from onelaunch.codegen.triton.formats import READERS, DenseReader, Reader, reader
 from onelaunch.codegen.triton.linear import FEW_ROWS, core_text, table_text
 from onelaunch.codegen.triton.render import render_kernel
+from onelaunch.ir.access import stored as stored_values
 from onelaunch.ir.formats import FORMATS
 from onelaunch.ir.schedule import BUCKETS, padded
 from onelaunch.ir.types import Value
@@ -29,15 +32,25 @@ ROWS = [(5, 1, 300), (7, 0, 13), (9, 1, 301), (11, 0, 14), (3, 0, 15)]
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_other_routers_are_the_reference(router):
+    """The first row's logits are all alike: of equal experts, and equal groups, the first are taken."""
     family, sizes = other_router(router), {"layers": 1, "experts": 12, "experts_used": 3}
     checkpoint = random_checkpoint(family, {**FAMILY_HYPER["qwen2_moe"], **SIZES, **sizes})
     pair = Lockstep(import_checkpoint(checkpoint, family), LIMITS)
+    kind = pair.machine.program.kinds[0]
+    logits = next(op.out for op in kind.ops if op.operands[1:2] and op.operands[1].name == "w.router")
+    phase = next(p for p in kind.phases if any(op.out == logits for op in p.ops))
+    scores = [op.out for op in phase.ops if op.out.name in stored_values(kind, phase)]
     for rows in (ROWS[:1], ROWS):
         pair.set_rows(rows, [0])
         for number, anchor, _ in pair.records():
             if anchor not in ("sample", "commit"):
                 pair.run_both(number)
-                assert all(found.error <= allowed(found.kind, "f32") for found in pair.compare(number))
+                found = pair.compare(number)
+                assert all(f.error <= allowed(f.kind, "f32") for f in found)
+                if any(f.title.startswith(f"{kind.name}.{phase.name}.") for f in found):
+                    for values in (x for value in scores for x in _rows_of(pair, value, 1)):
+                        values[0] = 1
+        assert "bias" in router or pair.step.state.routing[0, 0].tolist() == [0, 1, 2]
         assert (pair.step.state.routing[:, : len(rows)] == pair.machine.state.routing[:, : len(rows)]).all()
 
 
@@ -63,10 +76,15 @@ def test_rows_may_have_fewer_experts_than_others_or_none(rows):
     assert (noted == pair.machine.state.routing[0, :rows]).all()
 
 
+def _rows_of(pair: Lockstep, value: Value, rows: int) -> list[np.ndarray]:
+    """A value's rows in both memories."""
+    start, pitch = pair._offset(pair.machine.program.kinds[0], value.name) // 4, padded(value.tensor.width)
+    both = (pair.step.workspace, pair.machine.space.floats)
+    return [floats[start : start + rows * pitch].reshape(rows, pitch) for floats in both]
+
+
 def _drop(pair: Lockstep, gates: Value, rows: int) -> None:
-    start, pitch = pair._offset(pair.machine.program.kinds[0], gates.name) // 4, padded(gates.tensor.width)
-    for floats in (pair.step.workspace, pair.machine.space.floats):
-        values = floats[start : start + rows * pitch].reshape(rows, pitch)
+    for values in _rows_of(pair, gates, rows):
         values[0] = 0
         if rows > 1:
             values[1, np.flatnonzero(values[1])[1:]] = 0
@@ -121,6 +139,7 @@ def _compiled(name: str):
     step = load_module("\n\n".join(parts) + KERNEL.format(name=name, most=FEW_ROWS)).one_tile
     types = {"weight": "*i32", "panel": "*i32", "route": "*i32", "out": "*fp32", "blocks": "i32", "rows": "i32"}
     options = {k: v for k, v in OPTIONS.items() if k != "num_stages"}
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as build.py does
     with llvm_switches():
         return emulator().compile_kernel(step, types, arch=90, num_warps=WARPS, num_stages=3, **options)
 

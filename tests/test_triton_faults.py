@@ -103,7 +103,7 @@ def test_routes_that_workers_share_are_noticed(seed):
 
 
 @group(EXPERTS[0])
-@pytest.mark.parametrize("fault", planted.faults("source", planted.EMULATOR, experts=True), ids=lambda f: f.name)
-def test_barriers_among_experts_are_missed(fault):
-    gpu = emulated_step(*EXPERTS).with_text(fault.apply)
-    assert first_noticed(gpu, 0) in {"race", "PoisonRead"}
+def test_a_barrier_missing_among_experts_is_noticed():
+    """Those after routes and between experts are missed by nobody: reductions of Triton's have barriers there too."""
+    (fault,) = planted.faults("source", planted.EMULATOR, experts=True)
+    assert first_noticed(emulated_step(*EXPERTS).with_text(fault.apply), 0) in {"race", "PoisonRead"}

@@ -130,7 +130,7 @@ def _codes(fmt: Format) -> tuple[str, ...]:
     codes = [f"w{g}" if g < 4 else f"(w{g - 4} >> 4)" for g in range(8)]
     codes = [f"({code} & 0x0F0F0F0F)" for code in codes]
     if fmt.table:
-        return tuple(f"e2m1({code})" for code in codes)
+        return tuple(f"four_e2m1({code})" for code in codes)
     for g, (plane, shift, mask) in enumerate(_upper(fmt)):
         moved = f"({plane} << {shift})" if shift >= 0 else f"({plane} >> {-shift})"
         codes[g] += f" | ({moved} & {mask})"
@@ -155,7 +155,7 @@ def _single(fmt: Format) -> tuple[str, str, str]:
     if fmt.bits == 6:
         upper = "512 + half * 128 + {k} // 16 * 64 + {r} * 4 + {k} % 4"
         return byte, upper, low + " | (((extra >> ({k} // 4 % 4 * 2)) & 3) << 4)"
-    return byte, "", f"(e2m1({low}) & 255)" if fmt.table else low
+    return byte, "", f"e2m1({low})" if fmt.table else low
 
 
 def _scales(fmt: Format) -> tuple[tuple[Scale, ...], tuple[str, ...], str]:

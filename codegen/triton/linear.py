@@ -88,7 +88,7 @@ def core_text(name: str, bucket: str, streamed: bool, held: bool) -> str:
         for n, count in (("one", 1), ("several", rows))
     ]
     halves = "ab" if fmt.name == "f16" else "a"  # words of two rows have a sum for each
-    values: dict[str, Any] = {"fmt": fmt, "tile_rows": rows, "panel_words": PANEL_WORDS, "warps": WARPS}
+    values: dict[str, Any] = {"fmt": fmt, "tile_rows": rows, "panel_words": PANEL_WORDS, "warps": WARPS, "quad": QUAD}
     if isinstance(fmt, DenseReader):
         values |= {
             "panel_type": PANEL_TYPES["bf16" if fmt.name == "bf16" else "f32"],

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ... import __version__
-from ...ir.bodies import part_of
 from ...ir.errors import expect
 from ...ir.formats import BLOCK_K, FORMATS, TILE_ROWS, packed_bytes
 from ...ir.graph import Program
@@ -25,13 +24,13 @@ from ...ir.limits import (
 from ...ir.schedule import Schedule, padded
 from ...ir.stream import PIECE, SIZE_BITS
 from ...ir.table import FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
-from ...ir.types import OUTPUTS
 from ..rendering import Bodies, BodyText, render_bodies, template
 from .bodies import WORD, BodyRenderer
 from .build import MOST_STAGES, SHELF_BYTES, WARPS
-from .experts import Experts, experts_body, experts_text, find_router, route_text
-from .formats import PANEL_WORDS, READERS, Reader, reader
-from .linear import FEW_ROWS, TEMPLATES, Matrix, core_text, linear_text, table_text
+from .experts import Experts, find_router
+from .formats import PANEL_WORDS, reader
+from .linear import FEW_ROWS, TEMPLATES, Matrix
+from .products import Products, find_bodies, helper_texts
 
 EVENT_STRIDE = 32  # words: an event has a 128-byte line of its own
 EVENTS = 64  # words before the events: the epoch, and the fault record at FAULT
@@ -89,12 +88,18 @@ class Renderer:
 
     def render(self) -> Source:
         listed, bodies = render_bodies(self.schedules, self.bodies.text, "#")
-        matrices, experts = self._matrices(listed, bodies)
+        matrices, experts = find_bodies(self.program, listed, bodies)
+        places, common = (self.bodies.places, self.bodies.expert_places), self.bodies.common({})
+        products = Products(self.limits, self.router, *places, common)
         text = template(TEMPLATES, "step.py.j2").render(
             program=self.program,
             version=__version__,
             sync=self._sync(),
-            functions=[*self._helpers(), *(body.text for body in listed), *self._products(matrices, experts)],
+            functions=[
+                *helper_texts(self.program, self.router),
+                *(body.text for body in listed),
+                *(text for b in self.schedules for text in products.texts(b, matrices, experts)),
+            ],
             buckets={b: self._cases(b, listed, matrices, experts) for b in self.schedules},
             kv_names=", ".join(self.kv_names),
             fault=FAULT,
@@ -107,47 +112,6 @@ class Renderer:
         ast.parse(text)
         words = EVENTS + EVENT_STRIDE * self.events
         return Source(text, bodies, self.kv_names, words, self.chunk_blocks, self.slot_bytes)
-
-    def _helpers(self) -> list[str]:
-        """Functions that bodies of some programs need."""
-        readers = [READERS.get(w.tensor.dtype) for g in self.program.graphs for w in g.weights]
-        tables = {r.table: r.zero for r in readers if isinstance(r, Reader) and r.table}
-        found = [table_text(table, zero) for table, zero in tables.items()]
-        return found + ([route_text(self.router)] if self.router else [])
-
-    def _products(self, matrices: Sequence[Matrix], experts: Sequence[Experts]) -> list[str]:
-        """Per bucket and weight format what multiplies its tiles, its matrices and its experts."""
-        streamed, held = ({m.format: None for m in found} for found in (matrices, experts))
-        common, found = self.bodies.common({}), []
-        layer_words = self.limits.rows * self.program.routing[1]
-        for bucket in self.schedules:
-            for name in streamed | held:
-                found.append(core_text(name, bucket, name in streamed, name in held))
-                if name in streamed:
-                    found.append(linear_text(name, bucket, matrices, common | {"common": self.bodies.places}))
-                if name in held and self.router:
-                    places = common | {"at": self.bodies.expert_places}
-                    found.append(experts_text(name, bucket, experts, self.router, layer_words, places))
-        return found
-
-    def _matrices(self, listed: Sequence[BodyText], bodies: Bodies) -> tuple[list[Matrix], list[Experts]]:
-        """The bodies that are matrices, and those of experts, by number."""
-        titles = {body.code: body.title for body in listed}
-        found: dict[int, Matrix] = {}
-        experts: dict[int, Experts] = {}
-        for (graph_name, phase_name, name), body in next(iter(bodies.values())).items():
-            graph = next(g for g in self.program.graphs if g.name == graph_name)
-            phase = next(p for p in graph.phases if p.name == phase_name)
-            if not phase.reads_matrix or name.startswith("pack."):
-                continue
-            if phase.anchor_kind == "experts":
-                experts[body.code] = experts_body(phase, part_of(phase, name), body.code, titles[body.code])
-                continue
-            anchor = part_of(phase, name)[0]
-            outputs = anchor.out.tensor.shape[0] == OUTPUTS
-            dtype = anchor.operands[1].tensor.dtype
-            found[body.code] = Matrix(body.code, titles[body.code], dtype, phase.layout == "heads", outputs)
-        return list(found.values()), list(experts.values())
 
     def _cases(
         self, bucket: str, listed: Sequence[BodyText], matrices: Sequence[Matrix], experts: Sequence[Experts]
