@@ -85,7 +85,7 @@ def test_every_command_has_help_without_periods(run: Main, name: str) -> None:
         (["run", "x.ola", "-p", "hi", "--temperature", "hot"], 2, "invalid value for '--temperature'"),
         (["inspect", "MODEL"], 2, "expected an artifact, got a model that is not compiled"),
         (["inspect", "DAMAGED"], 3, "expected a folder or a zip file"),
-        (["bench", "ARTIFACT", "--depth", "9K"], 2, "bench: expected depth + steps"),
+        (["bench", "ARTIFACT", "--depth", "9K"], 2, "bench: expected steps and rows"),
         (["bench", "ARTIFACT", "--segments", "per-phase"], 2, "expected `mega` on a processor, got `per-phase`"),
         (["run", "ARTIFACT", "-p", "a", "--segments", "micro"], 2, "expected mega or per-phase, got `micro`"),
         (["run", "ARTIFACT", "-p", "hi", "--speculate", "ngrm"], 2, "did you mean `ngram`?"),
