@@ -9,10 +9,14 @@ from itertools import product
 import pytest
 from compiled_kernels import DENSE, MIXED, MOE, compiled_step, each, group
 
+from onelaunch.codegen.triton.build import OWN_BYTES, SHELF_BYTES, compile_kernel, stages
+from onelaunch.codegen.triton.render import render_kernel
 from onelaunch.compiler.kernel_report import body_formats, budget, only, problems, report
 from onelaunch.compiler.machines import machine_for
 from onelaunch.compiler.sync_lint import lint
+from onelaunch.ir.limits import Limits
 from onelaunch.ir.schedule import BUCKETS
+from onelaunch.tests.tiny import tiny
 
 # Thread-instructions per weight at one row that the issue allows on sm_90, by the bits of a code.
 MOST = {4: 3.2, 8: 2.5}
@@ -46,6 +50,17 @@ def test_one_row_is_bound_by_bytes_not_by_issue(family, arch, bucket):
         assert one < budget(branch, machine)
         if arch == 90 and branch.format in BITS:
             assert one <= MOST[BITS[branch.format]]
+
+
+def test_wide_heads_leave_the_ring_its_room():
+    """On the machine with the least shared memory, with large chunks of weights."""
+    limits, machine = Limits(rows=16, slots=2, context=512, outputs=4), machine_for("sm_120")
+    model = tiny("gemma3", "q6_k", hidden=256, ffn=256, heads=4, kv_heads=2, head_dim=256)
+    source = render_kernel({b: model.schedule(b, 4, limits) for b in BUCKETS})
+    ring = (stages(source.slot_bytes, machine.shared_bytes_per_block), source.slot_bytes)
+    made = compile_kernel(source.text, limits, source.kv_names, 120, "few", ring)
+    assert made.shared <= machine.shared_bytes_per_block
+    assert made.shared - ring[0] * ring[1] <= OWN_BYTES + SHELF_BYTES
 
 
 @group("qwen3")

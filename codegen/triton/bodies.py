@@ -17,6 +17,7 @@ from ...ir.limits import (
     SPLIT_TOKENS,
     STOP_TOKENS,
     Limits,
+    kv_tile_bytes,
     partial_floats,
 )
 from ...ir.op import Op
@@ -35,7 +36,7 @@ from .rows import PANEL_TYPES, RowEmitter
 
 WORD = 4
 EMPTY = -1e30
-ATTEND_STAGES = 2  # tiles of the cache in flight
+ATTEND_BYTES = 32 << 10  # of shared memory for keys on their way: with more, there is no room for the weights' ring
 SAMPLE_CHUNK = 2048  # logits at a time
 LOOK_UP_CHUNK = 1024  # places of a slot's tokens at a time
 
@@ -180,12 +181,13 @@ class BodyRenderer:
         assert isinstance(op, Attend)
         cache = op.kv.cache
         dim = padded(cache.head_dim, 16)
+        keys = kv_tile_bytes(cache.head_dim, self.limits) // 2
         log2e = 1.4426950408889634
         return str(
             template(TEMPLATES, "attend.py.j2").render(
                 **common,
                 ops=[str(op)],
-                stages=ATTEND_STAGES,
+                stages=2 if 2 * keys <= ATTEND_BYTES else 1,
                 kv_dtype=self.limits.kv_dtype,
                 heads=op.q.tensor.width // cache.head_dim,
                 kv_heads=cache.kv_heads,
