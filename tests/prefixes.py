@@ -11,7 +11,7 @@ from onelaunch.ir.limits import PAGE_TOKENS, Limits
 from onelaunch.runtime.cache import Cache, page_counts
 from onelaunch.runtime.manifest import CacheGroup
 from onelaunch.runtime.rows import Request, RowScheduler
-from onelaunch.tests.test_rows import finish
+from onelaunch.tests.test_rows import finish, interrupted
 from onelaunch.tests.toy import LIMITS, VOCAB, ToyBackend, groups
 
 
@@ -56,6 +56,28 @@ class Fixture:
         for request in requests:
             self.rows.submit(request)
         finish(self.rows, burst)
+
+    def serve(self, rng: random.Random, requests: Sequence[Request]) -> list[Request]:
+        """Requests come, run and are cancelled at random, checked after every step; the cancelled."""
+        waiting, cancelled = list(reversed(requests)), list[Request]()
+        while waiting or not self.rows.idle:
+            while waiting and rng.random() < 0.3:
+                self.rows.submit(waiting.pop())
+            self.rows.step(rng.choice([1, 1, 7, 40]))
+            if rng.random() < 0.02 and self.rows.running:
+                cancelled.append(rng.choice(self.rows.running))
+                self.rows.cancel(cancelled[-1:])
+            self.check()
+        return cancelled
+
+    def serve_interrupted(self, rng: random.Random, requests: Sequence[Request]) -> None:
+        """Steps are interrupted at any line, checked wherever the scheduler believes itself whole."""
+        for request in requests:
+            self.rows.submit(request)
+        while not self.rows.idle:
+            interrupted(lambda: self.rows.step(rng.choice([1, 4])), after=rng.randint(1, 1500))
+            if not self.rows._torn:
+                self.check()
 
     def check(self) -> None:
         """Every page that is kept holds the tokens it is filed under, and is filed where it is found."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from onelaunch.ir import drafting
-from onelaunch.ir.drafting import LONGEST, SHORTEST, adapted, look_up
+from onelaunch.ir.drafting import LONGEST, MATCH_BITS, SHORTEST, adapted, look_up
 from onelaunch.ir.errors import CompileError, UsageError
 from onelaunch.ir.limits import Limits
 from onelaunch.runtime.speculate import drafts_of, parse_speculate
@@ -67,6 +67,7 @@ def native_look_up(level, history, count):
 def harness(level):
     with tempfile.TemporaryDirectory() as folder:
         flags = [*LEVEL_FLAGS[level], f"-DOL_LEVEL={level}", f"-DRUN_FROM={SHORTEST}", f"-DRUN_TO={LONGEST}"]
+        flags.append(f"-DRUN_BITS={MATCH_BITS}")
         source, out = str(TESTS / "draft_harness.cpp"), f"{folder}/drafts.so"
         common = ["g++", "-O2", "-std=c++17", "-Wno-psabi", "-shared", "-fPIC", f"-I{TEMPLATES}"]
         subprocess.run([*common, *flags, source, "-o", out], check=True)

@@ -10,7 +10,7 @@ from onelaunch.ir.limits import Limits
 from onelaunch.ir.sampling import Sampling
 from onelaunch.runtime.rows import Request
 from onelaunch.tests.prefixes import Fixture
-from onelaunch.tests.test_rows import alone, interrupted
+from onelaunch.tests.test_rows import alone
 
 
 def random_requests(rng: random.Random, longest: int, count: int) -> list[Request]:
@@ -42,15 +42,7 @@ def test_random_prompts_in_a_small_cache_say_what_each_says_alone(seed: int) -> 
     rng = random.Random(seed)
     f, longest = random_fixture(rng)
     requests = random_requests(rng, longest, 14)
-    waiting, cancelled = list(reversed(requests)), []
-    while waiting or not f.rows.idle:
-        while waiting and rng.random() < 0.3:
-            f.rows.submit(waiting.pop())
-        f.rows.step(rng.choice([1, 1, 7, 40]))
-        if rng.random() < 0.02 and f.rows.running:
-            cancelled.append(rng.choice(f.rows.running))
-            f.rows.cancel(cancelled[-1:])
-        f.check()
+    cancelled = f.serve(rng, requests)
     for request in requests:
         assert request.tokens == alone(request)[: len(request.tokens)]
         assert (request.finish in ("stop", "length")) != (request in cancelled)
@@ -78,12 +70,7 @@ def test_an_interrupt_at_any_line_tears_no_shared_page(seed: int) -> None:
     rng = random.Random(seed)
     f = Fixture(kv_tokens=rng.choice([256, 400]))
     requests = random_requests(rng, 200, 6)
-    for request in requests:
-        f.rows.submit(request)
-    while not f.rows.idle:
-        interrupted(lambda: f.rows.step(rng.choice([1, 4])), after=rng.randint(1, 1500))
-        if not f.rows._torn:
-            f.check()
+    f.serve_interrupted(rng, requests)
     assert all(request.tokens == alone(request) for request in requests)
     assert all(held == 0 for held, _, _ in f.cache.counts())
     f.cache.forget()

@@ -11,7 +11,7 @@ from onelaunch.runtime.request import Request
 from onelaunch.tests.drafting_toy import DraftingToy
 from onelaunch.tests.prefixes import Fixture
 from onelaunch.tests.test_prefix_fuzz import random_requests
-from onelaunch.tests.test_rows import alone, interrupted
+from onelaunch.tests.test_rows import alone
 
 LIMITS = {"context": 512, "outputs": 12, "few_rows": 8, "drafts": 4}
 
@@ -34,15 +34,7 @@ def test_random_prompts_say_what_each_says_alone(seed: int) -> None:
     rng = random.Random(seed)
     f, longest = fixture(rng)
     requests = drafting(rng, longest, 12)
-    waiting, cancelled = list(reversed(requests)), []
-    while waiting or not f.rows.idle:
-        while waiting and rng.random() < 0.3:
-            f.rows.submit(waiting.pop())
-        f.rows.step(rng.choice([1, 1, 7, 40]))
-        if rng.random() < 0.02 and f.rows.running:
-            cancelled.append(rng.choice(f.rows.running))
-            f.rows.cancel(cancelled[-1:])
-        f.check()
+    cancelled = f.serve(rng, requests)
     for request in requests:
         assert request.tokens == alone(request)[: len(request.tokens)]
         assert request in cancelled or request.finish == ("stop" if stopped(request) else "length")
@@ -77,12 +69,7 @@ def test_an_interrupt_at_any_line_loses_nothing(seed: int) -> None:
     limits = Limits(rows=16, slots=3, **LIMITS)
     f = Fixture(limits, rng.choice([256, 400]), toy=DraftingToy)
     requests = drafting(rng, 200, 6)
-    for request in requests:
-        f.rows.submit(request)
-    while not f.rows.idle:
-        interrupted(lambda: f.rows.step(rng.choice([1, 4])), after=rng.randint(1, 1500))
-        if not f.rows._torn:
-            f.check()
+    f.serve_interrupted(rng, requests)
     assert all(request.tokens == alone(request) for request in requests)
 
 
@@ -92,7 +79,7 @@ def test_a_step_counts_what_it_commits() -> None:
     request = Request([1, 2, 3], 101, drafts=4)
     f.run(request)
     assert request.tokens == alone(request)
-    assert 1 + request.steps - 1 + sum(request.accepted) == 101
+    assert request.steps + sum(request.accepted) == 101
     assert request.steps < 35  # some steps have no guess
     assert request.drafted == request.accepted
 

@@ -80,7 +80,6 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
         head_dim_max=HEAD_DIM_MAX,
         max_events=max(event_count(s) for s in schedules.values()),
         stop_tokens=STOP_TOKENS,
-        match_bits=MATCH_BITS,
         gather_rows=GATHER_ROWS,
         experts=any(p.anchor_kind == "experts" for g in program.graphs for p in g.phases),
         seen_words=-(-vocab // 32),
@@ -130,7 +129,8 @@ def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args
             sizes = {"stride": padded(width), "maxima_stride": padded(width) // 32}
             return str(template(TEMPLATES, "sample.cpp.j2").render(**common, **sizes))
         case _:
-            return str(template(TEMPLATES, "commit.cpp.j2").render(**common, shortest=SHORTEST, longest=LONGEST))
+            rules = {"shortest": SHORTEST, "longest": LONGEST, "match_bits": MATCH_BITS}
+            return str(template(TEMPLATES, "commit.cpp.j2").render(**common, **rules))
 
 
 def _row_count(value: Value) -> str:

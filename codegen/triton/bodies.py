@@ -30,11 +30,10 @@ from ...ir.types import OUTPUTS, Value
 from ..rendering import template
 from . import emit
 from .experts import common_places, finish_text
-from .formats import reader
+from .formats import WORD, reader
 from .linear import TEMPLATES
-from .rows import PANEL_TYPES, RowEmitter
+from .rows import LOG2E, PANEL_TYPES, RowEmitter
 
-WORD = 4
 EMPTY = -1e30
 ATTEND_BYTES = 32 << 10  # of shared memory for keys on their way: with more, there is no room for the weights' ring
 SAMPLE_CHUNK = 2048  # logits at a time
@@ -182,7 +181,6 @@ class BodyRenderer:
         cache = op.kv.cache
         dim = padded(cache.head_dim, 16)
         keys = kv_tile_bytes(cache.head_dim, self.limits) // 2
-        log2e = 1.4426950408889634
         return str(
             template(TEMPLATES, "attend.py.j2").render(
                 **common,
@@ -204,9 +202,9 @@ class BodyRenderer:
                 partial_header=PARTIAL_HEADER,
                 split_tokens=SPLIT_TOKENS,
                 q_stride=padded(op.q.tensor.width),
-                scale=repr(op.scale * log2e),
+                scale=repr(op.scale * LOG2E),
                 softcap=repr(op.softcap),
-                log2e=repr(log2e),
+                log2e=repr(LOG2E),
                 empty=repr(EMPTY),
                 slots=self.limits.slots,
                 slot_pages=self.limits.pages,

@@ -25,10 +25,10 @@ from ...ir.schedule import Schedule, padded
 from ...ir.stream import PIECE, SIZE_BITS
 from ...ir.table import FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
 from ..rendering import Bodies, BodyText, render_bodies, template
-from .bodies import WORD, BodyRenderer
+from .bodies import BodyRenderer
 from .build import MOST_STAGES, SHELF_BYTES, WARPS
 from .experts import Experts, find_router
-from .formats import PANEL_WORDS, reader
+from .formats import PANEL_WORDS, WORD, reader
 from .linear import FEW_ROWS, TEMPLATES, Matrix
 from .products import Products, find_bodies, helper_texts
 

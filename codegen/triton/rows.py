@@ -28,7 +28,7 @@ from ...ir.record import ARGS
 from ...ir.schedule import padded, value_floats
 from ...ir.types import Value
 from .emit import POINTWISE, ident, lanes, stride
-from .formats import DenseReader, Reader, reader, tile_words
+from .formats import PANEL_WORDS, DenseReader, Reader, reader, tile_words
 
 CHUNK = 4096  # values of a row at a time: all their loads are one latency
 LOG2E = 1.4426950408889634
@@ -73,7 +73,7 @@ class RowEmitter:
 
         def put(tile: str) -> list[str]:
             if kind == "q8":
-                return [f"store_q8(panel + row * {k // 32 * 12}, {tile}, start, {k // 32}, {self._chunk(k)})"]
+                return [f"store_q8(panel + row * {k // 32 * PANEL_WORDS}, {tile}, start, {k // 32}, {self._chunk(k)})"]
             return [f"tl.store(panel + row * {k} + k, {tile}.to({PANEL_TYPES[kind]}), mask=k < {k})"]
 
         if len(value.tensor.shape) == 2:

@@ -5,11 +5,10 @@
 
 #include "sample.h"
 
-constexpr int MATCH_BITS = 28;  // of a place; above them, how many tokens it shares with the end
-
-// A place among the tokens before the last, as a number: more shared tokens are larger, then a later place.
+// A place among the tokens before the last, as a number: more shared tokens are larger, then a later place, in the
+// low MATCH_BITS.
 // Fewer than `shortest` shared tokens: -1.
-template <int LONGEST>
+template <int LONGEST, int MATCH_BITS>
 inline int32_t match_at(const int32_t* history, int end, int place, int shortest) {
   int32_t shared = 0, same = 1;
   for (int n = 0; n < LONGEST; ++n) {
@@ -20,13 +19,13 @@ inline int32_t match_at(const int32_t* history, int end, int place, int shortest
 }
 
 // history [length]: tokens by position. Writes `count` drafts and returns that, or 0 without a match.
-template <int SHORTEST, int LONGEST>
+template <int SHORTEST, int LONGEST, int MATCH_BITS>
 int look_up(const int32_t* history, int length, int count, int32_t* drafts) {
   const int end = length - 1;
   if (count < 1) return 0;
   int32_t best = -1;
   for (int place = std::max(LONGEST - 1, 0); place < end; ++place)
-    best = std::max(best, match_at<LONGEST>(history, end, place, SHORTEST));
+    best = std::max(best, match_at<LONGEST, MATCH_BITS>(history, end, place, SHORTEST));
   // The first places have fewer tokens before them.
   for (int place = SHORTEST - 1; place < std::min(LONGEST - 1, end); ++place) {
     int32_t shared = 0;
