@@ -67,18 +67,18 @@ class Format:
 
     @property
     def packed_blocks(self) -> int:
-        """Packed blocks that share a tail: a superblock, or as many as fill a line with their scales."""
+        """Packed blocks that share a lead: a superblock, or as many as fill a line with their scales."""
         return {"super": 8, "e8m0": 2}.get(self.scale, 1)
 
     @property
-    def packed_tail_bytes(self) -> int:
-        """Bytes that follow `packed_blocks` blocks: the f16 scales of a superblock, or the bytes of two blocks."""
+    def packed_lead_bytes(self) -> int:
+        """Bytes that precede `packed_blocks` blocks: the f16 scales of a superblock, or the bytes of two blocks."""
         return {"super": 64 * (1 + self.has_min), "e8m0": 64}.get(self.scale, 0)
 
     @property
     def packed_bits(self) -> float:
         """Bits per weight when packed."""
-        return 8 * (self.packed_block_bytes + self.packed_tail_bytes / self.packed_blocks) / (TILE_ROWS * BLOCK_K)
+        return 8 * (self.packed_block_bytes + self.packed_lead_bytes / self.packed_blocks) / (TILE_ROWS * BLOCK_K)
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of k weights on disk."""
@@ -174,7 +174,7 @@ def packed_bytes(fmt: Format, n: int, k: int) -> int:
         f"{fmt.name}: expected K to be a multiple of {BLOCK_K * fmt.packed_blocks}, got {k}",
         hint="keep this matrix in `f16` or `bf16`",
     )
-    tile = blocks * fmt.packed_block_bytes + blocks // fmt.packed_blocks * fmt.packed_tail_bytes
+    tile = blocks * fmt.packed_block_bytes + blocks // fmt.packed_blocks * fmt.packed_lead_bytes
     return -(-n // TILE_ROWS) * tile
 
 

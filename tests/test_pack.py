@@ -48,7 +48,7 @@ def test_chunks_do_not_show(fmt, monkeypatch):
 @each_quantised
 def test_every_piece_is_whole_lines(fmt):
     assert fmt.packed_block_bytes % 64 == 0
-    assert fmt.packed_tail_bytes % 64 == 0
+    assert fmt.packed_lead_bytes % 64 == 0
 
 
 def test_nibbles_and_scales_lie_where_the_kernel_reads_them():
@@ -59,6 +59,6 @@ def test_nibbles_and_scales_lie_where_the_kernel_reads_them():
     for tile, block, half, j, r, i in [(0, 0, 0, 0, 0, 0), (1, 0, 1, 3, 15, 2), (0, 1, 1, 2, 7, 3)]:
         row, k = 32 * tile + 16 * half + r, 32 * block + 4 * j + i
         expected = codes[row, k] | codes[row, k + 16] << 4
-        assert tiles[tile, block, 256 * half + 64 * j + 4 * r + i] == expected
+        assert tiles[tile, block, 128 * j + 64 * half + 4 * r + i] == expected
     scales = tiles[:, :, 512:].view(np.float16)  # [tile, block, row]
     assert np.array_equal(scales.transpose(0, 2, 1).reshape(64, 2), planes(fmt, raw, 64).d)

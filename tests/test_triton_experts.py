@@ -124,8 +124,8 @@ def test_tiles_of_experts_are_computed_from_device_memory(name):
         wanted = unpack(fmt, packed, 32, 32 * BLOCKS) @ values[route // 2].T
         assert np.abs(out[:, :rows] - wanted).max() <= 2e-6 * np.abs(wanted).max() * BLOCKS**0.5
         reads = next(s.reads for s in report.memory.slots.values() if s.name == "weight")
-        words = reads.reshape(-1, ours.super_words) if isinstance(ours, Reader) and ours.tail_words else reads
-        assert (words[..., : -ours.tail_words] == 1).all() if words is not reads else (words == 1).all()
+        words = reads.reshape(-1, ours.super_words) if isinstance(ours, Reader) and ours.lead_words else reads
+        assert (words[..., ours.lead_words :] == 1).all() if words is not reads else (words == 1).all()
         found.append(out[:, 0].tobytes())
     assert found[0] == found[1]
 

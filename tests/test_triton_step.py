@@ -57,12 +57,12 @@ def test_each_word_of_codes_is_read_exactly_once_per_decode_step(family, arch):
             used = gpu.state["routing"][int(weight.key.partition(".")[0]), 0]
             assert not np.delete(read, used, axis=0).any(), weight.key
             read = read[used]
-        if not getattr(fmt, "tail_words", 0):
+        if not getattr(fmt, "lead_words", 0):
             assert (read == 1).all(), weight.key
             continue
         read = read.reshape(-1, fmt.super_words)
-        assert (read[:, : -fmt.tail_words] == 1).all(), weight.key
-        assert (read >= 1).all(), weight.key  # blocks share a tail
+        assert (read[:, fmt.lead_words :] == 1).all(), weight.key
+        assert (read >= 1).all(), weight.key  # blocks share a lead
 
 
 @each_step

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from .formats import PANEL_WORDS, WORD, Reader, Scale
+from .formats import HALF_WORDS, PANEL_WORDS, WORD, Reader, Scale
 
 QUAD = 4  # rows of one thread: a 16-byte load
+CODES_PLACE = False, WORD * HALF_WORDS, WORD * QUAD  # bytes, see `_addresses`
 ELEMENT_BYTES = {"tl.float16": 2, "tl.uint8": 1, "tl.int8": 1}
 PANEL = ("x0", "x1", "x2", "x3", "x4", "x5", "x6", "x7", "d", "s0", "s1", "t")  # words of 32 activations
 FLOATS = ("d", "t")
@@ -59,24 +60,19 @@ class Ahead:
     @property
     def words_asm(self) -> str:
         count = len(word_names(self.fmt))
-        lines = _where_inside(count, len(self._halves))
+        lines = _where_inside(count, 1)
         for i, plane in enumerate(self.fmt.planes):
             four = ", ".join(f"${QUAD * i + j}" for j in range(QUAD))
-            at = f"[${count + self._halves.index(plane.half)}+{WORD * plane.first}]"
-            lines.append(f"@p ld.global.v4.b32 {{{four}}}, {at};")
+            lines.append(f"@p ld.global.v4.b32 {{{four}}}, [${count}+{WORD * plane.first}];")
         return "\n".join([*lines, "}"])
 
     @property
-    def _halves(self) -> list[int]:
-        return list(dict.fromkeys(p.half for p in self.fmt.planes))
-
-    @property
     def words_inputs(self) -> str:
-        return ", ".join([*(f"at + half * {h} + quad * {QUAD}" for h in self._halves), "inside.to(tl.int32)"])
+        return f"at + half * {HALF_WORDS} + quad * {QUAD}, inside.to(tl.int32)"
 
     @property
     def words_constraints(self) -> str:
-        return ",".join(["=&r"] * len(word_names(self.fmt)) + ["l"] * len(self._halves) + ["r"])
+        return ",".join(["=&r"] * len(word_names(self.fmt)) + ["l", "r"])
 
     @property
     def words_types(self) -> str:
@@ -99,8 +95,8 @@ class Ahead:
     @property
     def scales_inputs(self) -> str:
         places = (
-            f"{'tail' if tail else 'at'} + half * {half // WORD} + quad * {quad // WORD}"
-            for tail, half, quad in self._places
+            f"{'lead' if lead else 'at'} + half * {half // WORD} + quad * {quad // WORD}"
+            for lead, half, quad in self._places
         )
         return ", ".join([*places, "inside.to(tl.int32)"])
 
@@ -140,11 +136,10 @@ class Dots:
 
     @cached_property
     def _addresses(self) -> list[tuple[bool, int, int]]:
-        """Distinct (in the tail, bytes of a half, bytes of a quad) by which planes and scales lie."""
+        """Distinct (in the lead, bytes of a half, bytes of a quad) by which planes and scales lie."""
         if self.held:
             return []
-        planes = [(False, WORD * p.half, WORD * QUAD) for p in self.fmt.planes]
-        return list(dict.fromkeys([*planes, *(_place(s) for s in self.fmt.scales)]))
+        return list(dict.fromkeys([CODES_PLACE, *(_place(s) for s in self.fmt.scales)]))
 
     def names(self, p: int, j: int) -> str:
         """What `read` gives, and `add` takes, of row j of a quad and activations p."""
@@ -161,7 +156,7 @@ class Dots:
 
     @property
     def inputs(self) -> str:
-        at = [f"{'tail' if tail else 'at'} + half * {half} + quad * {quad}" for tail, half, quad in self._addresses]
+        at = [f"{'lead' if lead else 'at'} + half * {half} + quad * {quad}" for lead, half, quad in self._addresses]
         at += word_names(self.fmt) if self.held else []
         return ", ".join([*at, *([f"x{p}" for p in self.rows] if self.loaded else WHOLE)])
 
@@ -200,7 +195,7 @@ class Dots:
         lines = []
         for plane in self.fmt.planes:
             four = ", ".join(f"{plane.name}_{j}" for j in range(QUAD))
-            at = self._at(False, WORD * plane.half, WORD * QUAD)
+            at = self._at(*CODES_PLACE)
             lines.append(f"ld.shared.v4.b32 {{{four}}}, [{at}+{WORD * plane.first}];")
         for scale in self.fmt.scales:
             at = f"[{self._at(*_place(scale))}+{ELEMENT_BYTES[scale.dtype] * scale.first}]"
@@ -296,4 +291,4 @@ def _where_inside(outputs: int, addresses: int) -> list[str]:
 
 def _place(scale: Scale) -> tuple[bool, int, int]:
     size = ELEMENT_BYTES[scale.dtype]
-    return scale.in_tail, 16 * size, QUAD * size
+    return scale.in_lead, HALF_WORDS * size, QUAD * size

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from ...ir.errors import CompileError
 from ...ir.formats import BLOCK_K, FORMATS, Format
+from ..cpu.pack import SIX_BITS_UPPER, UPPER_BYTES
 
 WORD = 4
+HALF_WORDS = 16  # a row each
 # Of integer codes in a chunk of the weight stream: a quad of rows of a block per thread. Twice as many were 7 % slower
 # on an H200; two chunks must fit into 100 KB beside what Triton takes, so formats of more bytes have half as many.
 CHUNK_BLOCKS, CHUNK_BYTES = 32, 28 << 10
@@ -22,21 +24,20 @@ PANEL_WORDS = 12  # of 32 int8 activations: 8 words of codes, scale, sums of eac
 
 @dataclass(frozen=True)
 class Plane:
-    """Words of one kind in a block: row r of half h is word `first + h * half + r % 16`."""
+    """Words of one kind in a block: row r of half h is word `first + h * HALF_WORDS + r % 16`."""
 
     name: str
     first: int
-    half: int
 
 
 @dataclass(frozen=True)
 class Scale:
-    """32 scales of one kind: elements of `dtype` (16 or 8 bits) from element `first` of the block or the tail."""
+    """32 scales of one kind: elements of `dtype` (16 or 8 bits) from element `first` of the block or the lead."""
 
     name: str
     dtype: str  # a Triton type
     first: int
-    in_tail: bool = False
+    in_lead: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Reader:
     minimum: str
     zero: int
     blocks: int  # of a superblock
-    tail_words: int
-    tail_step: int  # words of the tail from one block's scales to the next's; 0: they share them
+    lead_words: int
+    lead_step: int  # words of the lead from one block's scales to the next's; 0: they share them
     code_byte: str
     extra_byte: str
     single: str
@@ -70,18 +71,19 @@ class Reader:
 
     @property
     def super_words(self) -> int:
-        return self.blocks * self.block_words + self.tail_words
+        return self.blocks * self.block_words + self.lead_words
 
     def block_at(self, n: str) -> str:
         """The word of a tile at which block `n`, a simple expression, begins."""
         if self.blocks == 1:
             return f"{n} * {self.block_words}"
-        return f"{n} // {self.blocks} * {self.super_words} + {n} % {self.blocks} * {self.block_words}"
+        lead = f"{n} // {self.blocks} * {self.super_words} + {self.lead_words}"
+        return f"{lead} + {n} % {self.blocks} * {self.block_words}"
 
-    def tail_at(self, n: str) -> str:
-        """The word at which what the tail has for block `n` begins."""
-        own = f" + {n} % {self.blocks} * {self.tail_step}" if self.tail_step else ""
-        return f"({n} // {self.blocks} + 1) * {self.super_words} - {self.tail_words}{own}"
+    def lead_at(self, n: str) -> str:
+        """The word at which what the lead has for block `n` begins."""
+        own = f" + {n} % {self.blocks} * {self.lead_step}" if self.lead_step else ""
+        return f"{n} // {self.blocks} * {self.super_words}{own}"
 
     @property
     def chunk_blocks(self) -> int:
@@ -137,29 +139,40 @@ def _codes(fmt: Format) -> tuple[str, ...]:
     return tuple(codes)
 
 
+def _nibbles(fmt: Format) -> int:
+    """The byte of a block at which the low four bits of its codes begin."""
+    return UPPER_BYTES if fmt.bits in (5, 6) else 0
+
+
+def _upper_at(fmt: Format) -> tuple[int, ...]:
+    """The bytes at which planes of the bits past four begin."""
+    return {5: (0,), 6: SIX_BITS_UPPER}.get(fmt.bits, ())
+
+
 def _planes(fmt: Format) -> tuple[Plane, ...]:
-    lines = 8 if fmt.bits == 8 else 4
-    codes = [Plane(f"w{j}", 16 * j, 16 * lines) for j in range(lines)]
-    extra = {5: [Plane("h0", 128, 16)], 6: [Plane("h0", 128, 32), Plane("h1", 144, 32)]}
-    return (*codes, *extra.get(fmt.bits, []))
+    lines, at = 8 if fmt.bits == 8 else 4, _nibbles(fmt) // WORD
+    codes = [Plane(f"w{j}", at + 2 * HALF_WORDS * j) for j in range(lines)]
+    upper = [Plane(f"h{i}", at // WORD) for i, at in enumerate(_upper_at(fmt))]
+    return (*codes, *upper)
 
 
 def _single(fmt: Format) -> tuple[str, str, str]:
     """Where one code lies: its byte, the byte of its upper bits, and how the two make the code."""
     if fmt.bits == 8:
-        return "half * 512 + {k} // 4 * 64 + {r} * 4 + {k} % 4", "", "code"
-    byte = "half * 256 + {k} // 4 % 4 * 64 + {r} * 4 + {k} % 4"
+        return "{k} // 4 * 128 + half * 64 + {r} * 4 + {k} % 4", "", "code"
+    byte = "{k} // 4 % 4 * 128 + half * 64 + {r} * 4 + {k} % 4"
+    byte += f" + {_nibbles(fmt)}" if _nibbles(fmt) else ""
     low = "((code >> ({k} // 16 * 4)) & 15)"
     if fmt.bits == 5:
-        return byte, "512 + half * 64 + {r} * 4 + {k} % 4", low + " | (((extra >> ({k} // 4)) & 1) << 4)"
+        return byte, "half * 64 + {r} * 4 + {k} % 4", low + " | (((extra >> ({k} // 4)) & 1) << 4)"
     if fmt.bits == 6:
-        upper = "512 + half * 128 + {k} // 16 * 64 + {r} * 4 + {k} % 4"
+        upper = f"{{k}} // 16 * {SIX_BITS_UPPER[1]} + half * 64 + {{r}} * 4 + {{k}} % 4"
         return byte, upper, low + " | (((extra >> ({k} // 4 % 4 * 2)) & 3) << 4)"
     return byte, "", f"e2m1({low})" if fmt.table else low
 
 
 def _scales(fmt: Format) -> tuple[tuple[Scale, ...], tuple[str, ...], str]:
-    """What follows the codes, and the scale of each part and the minimum that they make."""
+    """What leads a superblock or follows the codes, and the scale of each part and the minimum that they make."""
     at = 32 * BLOCK_K * fmt.bits // 8
     if fmt.scale == "f16":
         d = Scale("d", "tl.float16", at // 2)
@@ -167,23 +180,23 @@ def _scales(fmt: Format) -> tuple[tuple[Scale, ...], tuple[str, ...], str]:
             return (d, Scale("m", "tl.float16", at // 2 + 32)), ("d.to(tl.float32)",), "m.to(tl.float32)"
         return (d,), ("d.to(tl.float32)",), ""
     if fmt.scale == "e8m0":
-        return (Scale("d", "tl.uint8", 0, in_tail=True),), ("half_e8m0(d)",), ""
-    tail = Scale("d", "tl.float16", 0, in_tail=True)
+        return (Scale("d", "tl.uint8", 0, in_lead=True),), ("half_e8m0(d)",), ""
+    lead = Scale("d", "tl.float16", 0, in_lead=True)
     if fmt.has_min:
         sub = Scale("sub_d", "tl.uint8", at), Scale("sub_m", "tl.uint8", at + 32)
         scale, low = "sub_d.to(tl.float32) * d.to(tl.float32)", "-(sub_m.to(tl.float32) * m.to(tl.float32))"
-        return (*sub, tail, Scale("m", "tl.float16", 32, in_tail=True)), (scale,), low
+        return (*sub, lead, Scale("m", "tl.float16", 32, in_lead=True)), (scale,), low
     halves = Scale("sub_0", "tl.int8", at), Scale("sub_1", "tl.int8", at + 32)
-    return (*halves, tail), tuple(f"sub_{p}.to(tl.float32) * d.to(tl.float32)" for p in (0, 1)), ""
+    return (*halves, lead), tuple(f"sub_{p}.to(tl.float32) * d.to(tl.float32)" for p in (0, 1)), ""
 
 
 def _integer(fmt: Format) -> Reader:
     scales, scale, minimum = _scales(fmt)
-    tail = fmt.packed_tail_bytes // WORD
-    step = tail // fmt.packed_blocks if fmt.scale == "e8m0" else 0
+    lead = fmt.packed_lead_bytes // WORD
+    step = lead // fmt.packed_blocks if fmt.scale == "e8m0" else 0
     return Reader(
         fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _codes(fmt), _upper(fmt), scales, scale, minimum,
-        max(fmt.zero, *fmt.table, 0), fmt.packed_blocks, tail, step, *_single(fmt), table=fmt.table,
+        max(fmt.zero, *fmt.table, 0), fmt.packed_blocks, lead, step, *_single(fmt), table=fmt.table,
     )  # fmt: skip
 
 

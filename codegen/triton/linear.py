@@ -17,7 +17,7 @@ from ...ir.schedule import STRATEGIES
 from ..rendering import template
 from .build import WARPS
 from .dots import PANEL, QUAD, Ahead, Dots, load_asm, scale_names, word_names
-from .formats import CHUNK_GROUPS, PANEL_WORDS, DenseReader, Reader, reader
+from .formats import CHUNK_GROUPS, HALF_WORDS, PANEL_WORDS, DenseReader, Reader, reader
 from .rows import PANEL_TYPES
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,7 +61,7 @@ def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapp
 
 
 def tile_words_text(fmt: Reader | DenseReader) -> str:
-    if isinstance(fmt, Reader) and fmt.tail_words:
+    if isinstance(fmt, Reader) and fmt.lead_words:
         return f"blocks // {fmt.blocks} * {fmt.super_words}"
     return f"blocks * {fmt.block_words}"
 
@@ -88,7 +88,14 @@ def core_text(name: str, bucket: str, streamed: bool, held: bool) -> str:
         for n, count in (("one", 1), ("several", rows))
     ]
     halves = "ab" if fmt.name == "f16" else "a"  # words of two rows have a sum for each
-    values: dict[str, Any] = {"fmt": fmt, "tile_rows": rows, "panel_words": PANEL_WORDS, "warps": WARPS, "quad": QUAD}
+    values: dict[str, Any] = {
+        "fmt": fmt,
+        "half_words": HALF_WORDS,
+        "tile_rows": rows,
+        "panel_words": PANEL_WORDS,
+        "warps": WARPS,
+        "quad": QUAD,
+    }
     if isinstance(fmt, DenseReader):
         values |= {
             "panel_type": PANEL_TYPES["bf16" if fmt.name == "bf16" else "f32"],

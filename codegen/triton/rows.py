@@ -244,13 +244,13 @@ def _embed_code(fmt: Reader) -> list[str]:
         "half, octets = r // 16, block.to(tl.pointer_type(tl.uint8))",
         f"code = tl.load(octets + {byte}, mask=inside, other=0)",
     ]
-    if fmt.tail_words:
-        lines.append(f"tail = table + {fmt.tail_at('k // 32')}")
+    if fmt.lead_words:
+        lines.append(f"lead = table + {fmt.lead_at('k // 32')}")
     if extra:
         lines.append(f"extra = tl.load(octets + {extra}, mask=inside, other=0)")
     lines.append(f"code = ({single}).to(tl.float32) - {float(fmt.zero)}")
     for scale in fmt.scales:
-        home = "tail" if scale.in_tail else "block"
+        home = "lead" if scale.in_lead else "block"
         at = f"{home}.to(tl.pointer_type({scale.dtype})) + r + {scale.first}"
         lines.append(f"{scale.name} = tl.load({at}, mask=inside, other=0)")
     return lines

@@ -21,8 +21,9 @@
 #include "simd_portable.h"
 #endif
 
-// Fetch the line of `p` towards L1; `p` may lie past the end of any buffer.
+// Fetch the line of `p` towards L1 (or only L2); `p` may lie past the end of any buffer.
 OL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+OL_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 OL_INLINE F f_zero() { return f_set1(0.0f); }
 OL_INLINE F f_neg(F a) { return f_bits(i_xor(i_bits(a), i_set1(INT32_MIN))); }
