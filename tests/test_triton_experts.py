@@ -133,7 +133,7 @@ def test_tiles_of_experts_are_computed_from_device_memory(name):
 def _compiled(name: str):
     """A kernel of one tile, after the helpers of any model's step."""
     text = render_kernel({b: tiny("llama", "f32").schedule(b, 2) for b in BUCKETS}).text
-    parts = [text[: text.index("@triton.jit\ndef kv_of")], core_text(name, "few", streamed=False, held=True)]
+    parts = [text[: text.index("@triton.jit\ndef kv_of")], core_text(name, "few", FEW_ROWS, streamed=False, held=True)]
     if FORMATS[name].table:
         parts.append(table_text(FORMATS[name].table, reader(name).zero))
     step = load_module("\n\n".join(parts) + KERNEL.format(name=name, most=FEW_ROWS)).one_tile

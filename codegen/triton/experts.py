@@ -19,11 +19,11 @@ from ...ir.graph import Program
 from ...ir.op import Op
 from ...ir.ops import Combine, ElementwiseOp, ExpertLinear
 from ...ir.phases import Phase
-from ...ir.schedule import STRATEGIES, padded, part_experts, part_units, part_weight, unit_rows
+from ...ir.schedule import padded, part_experts, part_units, part_weight, unit_rows
 from ..rendering import template
 from . import emit
 from .formats import reader
-from .linear import TEMPLATES, TILE_ROWS, tile_words_text
+from .linear import TEMPLATES, tile_words_text
 from .rows import LOG2E
 
 COMMON = ("weight", "panel", "blocks", "tiles", "gather", "layer")  # arguments that are no pointers of a finish
@@ -122,7 +122,6 @@ def experts_text(
             drains=" | ".join(f"(body == {b.code})" for b in mine if not b.sums) or "body < 0",
             layer_words=layer_words,
             list_at=router.list_at,
-            tile_rows=TILE_ROWS[STRATEGIES[bucket]],
             tile_words=tile_words_text(reader(name)),
         )
     )

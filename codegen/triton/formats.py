@@ -44,7 +44,6 @@ class Scale:
 class Reader:
     """The Triton view of an integer format: scale * (code - zero) + minimum.
 
-    codes:   for each group g of 4 k of a block, the expression of a word with 4 unsigned codes
     upper:   where the bits past four of each group lie: plane, shift to the left, mask
     scale:   expression of the scale of each part of a block (two parts where 16 k share one), of `scales`
     minimum: expression of what is added, '' = nothing
@@ -55,7 +54,6 @@ class Reader:
     name: str
     block_words: int
     planes: tuple[Plane, ...]
-    codes: tuple[str, ...]
     upper: tuple[tuple[str, int, str], ...]
     scales: tuple[Scale, ...]
     scale: tuple[str, ...]
@@ -67,7 +65,7 @@ class Reader:
     code_byte: str
     extra_byte: str
     single: str
-    table: tuple[int, ...] = ()  # what codes mean, halved; `codes` and `single` then give it plus `zero`
+    table: tuple[int, ...] = ()  # what codes mean, halved; `single` then gives it plus `zero`
 
     @property
     def super_words(self) -> int:
@@ -123,20 +121,6 @@ def _upper(fmt: Format) -> tuple[tuple[str, int, str], ...]:
     if fmt.bits == 6:
         return tuple((f"h{g // 4}", 4 - 2 * (g % 4), "0x30303030") for g in range(8))
     return ()
-
-
-def _codes(fmt: Format) -> tuple[str, ...]:
-    """Four codes of each group g, from the planes `w*` and, for the bits past four, `h*`."""
-    if fmt.bits == 8:
-        return tuple(f"w{g}" for g in range(8))
-    codes = [f"w{g}" if g < 4 else f"(w{g - 4} >> 4)" for g in range(8)]
-    codes = [f"({code} & 0x0F0F0F0F)" for code in codes]
-    if fmt.table:
-        return tuple(f"four_e2m1({code})" for code in codes)
-    for g, (plane, shift, mask) in enumerate(_upper(fmt)):
-        moved = f"({plane} << {shift})" if shift >= 0 else f"({plane} >> {-shift})"
-        codes[g] += f" | ({moved} & {mask})"
-    return tuple(codes)
 
 
 def _nibbles(fmt: Format) -> int:
@@ -195,7 +179,7 @@ def _integer(fmt: Format) -> Reader:
     lead = fmt.packed_lead_bytes // WORD
     step = lead // fmt.packed_blocks if fmt.scale == "e8m0" else 0
     return Reader(
-        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _codes(fmt), _upper(fmt), scales, scale, minimum,
+        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _upper(fmt), scales, scale, minimum,
         max(fmt.zero, *fmt.table, 0), fmt.packed_blocks, lead, step, *_single(fmt), table=fmt.table,
     )  # fmt: skip
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.bodies import UNIT_ROWS
+from ...ir.limits import Limits
 from ...ir.schedule import STRATEGIES
 from ..rendering import template
 from .build import WARPS
 from .dots import PANEL, QUAD, Ahead, Dots, load_asm, scale_names, word_names
-from .formats import CHUNK_GROUPS, HALF_WORDS, PANEL_WORDS, DenseReader, Reader, reader
+from .formats import CHUNK_GROUPS, PANEL_WORDS, DenseReader, Reader, reader
 from .rows import PANEL_TYPES
 
 TEMPLATES = Path(__file__).parent / "templates"
-FEW_ROWS = 8  # rows that CUDA cores take through the weights at once
-TILE_ROWS = {"vector": FEW_ROWS, "matrix": UNIT_ROWS}
+FEW_ROWS = 8  # rows that CUDA cores take through the weights at once, at most
 PART_ROWS = 4  # rows of activations that one unpacking of codes serves: more do not fit in registers
 
 
@@ -35,6 +35,13 @@ class Matrix:
     format: str
     heads: bool
     outputs: bool
+
+
+def tile_rows(bucket: str, limits: Limits) -> int:
+    """Rows that a bucket takes through the weights at once: for CUDA cores each is code of its own."""
+    if STRATEGIES[bucket] == "matrix":
+        return UNIT_ROWS
+    return PART_ROWS if min(limits.few_rows, limits.rows) <= PART_ROWS else FEW_ROWS
 
 
 def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapping[str, Any]) -> str:
@@ -52,7 +59,6 @@ def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapp
             name=name,
             streamed=strategy == "vector",
             rows_at=rows,
-            tile_rows=TILE_ROWS[strategy],
             tile_words=tile_words_text(fmt),
             plain=[m for m in mine if not m.heads],
             heads=[m for m in mine if m.heads],
@@ -74,13 +80,13 @@ def table_text(table: tuple[int, ...], zero: int) -> str:
     return str(template(TEMPLATES, "e2m1.py.j2").render(zero=zero, sizes=sizes))
 
 
-def core_text(name: str, bucket: str, streamed: bool, held: bool) -> str:
-    """The functions that multiply one packed tile of a format in a bucket.
+def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> str:
+    """The functions that multiply one packed tile of a format with up to `rows` rows in a bucket.
 
     In the bucket that walks the weight stream: of tiles that are `streamed`, and of experts', `held` in registers.
     """
     fmt, strategy = reader(name), STRATEGIES[bucket]
-    dense, rows = isinstance(fmt, DenseReader), TILE_ROWS[strategy]
+    dense = isinstance(fmt, DenseReader)
     kinds = [kind for kind, wanted in ((False, streamed), (True, held)) if wanted]
     names = [
         (f"{'expert_' if kind else ''}{n}", count, kind)
@@ -90,7 +96,6 @@ def core_text(name: str, bucket: str, streamed: bool, held: bool) -> str:
     halves = "ab" if fmt.name == "f16" else "a"  # words of two rows have a sum for each
     values: dict[str, Any] = {
         "fmt": fmt,
-        "half_words": HALF_WORDS,
         "tile_rows": rows,
         "panel_words": PANEL_WORDS,
         "warps": WARPS,
@@ -102,7 +107,7 @@ def core_text(name: str, bucket: str, streamed: bool, held: bool) -> str:
             "groups": CHUNK_GROUPS,
             "sums": ", ".join(f"sums_{half}" for half in halves),
             "held": held,
-            "variants": [DenseVariant(f"{n}_{fmt.name}", count, kind, halves) for n, count, kind in names],
+            "variants": [DenseVariant(f"{n}_{fmt.name}", count, rows, kind, halves) for n, count, kind in names],
         }
     elif strategy == "vector":
         values |= {
@@ -110,7 +115,7 @@ def core_text(name: str, bucket: str, streamed: bool, held: bool) -> str:
             "held": Ahead(fmt) if held else None,
             "dots": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
             "scales": ", ".join(s.name for s in fmt.scales),
-            "variants": [Variant(f"{n}_{fmt.name}", count, kind, fmt) for n, count, kind in names],
+            "variants": [Variant(f"{n}_{fmt.name}", count, rows, kind, fmt) for n, count, kind in names],
         }
     return str(template(TEMPLATES, f"{strategy}{'_dense' if dense else ''}.py.j2").render(**values))
 
@@ -124,6 +129,7 @@ class _Tile:
 
     name: str
     rows: int
+    room: int  # rows of a tile's result: of one row it has as many copies
     held: bool  # codes come from device memory, and rows by their routes, not from the ring and one after the other
     sums: list[str]  # what each thread has, in the order of a tile's rows, then of rows of activations
     axis: int  # along which threads share a sum
@@ -135,7 +141,7 @@ class _Tile:
 
     @property
     def result(self) -> str:
-        wide = f"tl.broadcast_to(tl.reshape(y, (32, {self.rows})), (32, {FEW_ROWS}))"
+        wide = f"tl.broadcast_to(tl.reshape(y, (32, {self.rows})), (32, {self.room}))"
         return wide if self.held else f"{wide}, slot, queue"
 
     @property
@@ -149,9 +155,8 @@ class _Tile:
     def whole(self) -> str:
         """The statements that make `y` of them."""
         listed = ", ".join(self.sums)
-        each = [f"    {s} = tl.sum({s}, axis={self.axis})" for s in self.sums]
-        together = f"    {listed} = tl.reduce(({listed}), {self.axis}, added_{self.name})"
-        return "\n".join(["if INTERPRET:", *each, "else:", together, f"y = {joined(self.sums)}"])
+        together = f"{listed} = tl.reduce(({listed}), {self.axis}, added_{self.name})"
+        return f"{together}\ny = {joined(self.sums)}"
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ class Variant(_Tile):
 
     name: str
     rows: int
+    room: int
     held: bool
     fmt: Reader
     axis = 1
@@ -200,6 +206,7 @@ class DenseVariant(_Tile):
 
     name: str
     rows: int
+    room: int
     held: bool
     halves: str  # of a word: names of its sums
     axis = 0

@@ -14,7 +14,7 @@ from ...ir.types import OUTPUTS
 from ..rendering import Bodies, BodyText
 from .experts import Experts, Places, Router, experts_body, experts_text, route_text
 from .formats import READERS, Reader
-from .linear import Matrix, core_text, linear_text, table_text
+from .linear import Matrix, core_text, linear_text, table_text, tile_rows
 
 
 def find_bodies(program: Program, listed: Sequence[BodyText], bodies: Bodies) -> tuple[list[Matrix], list[Experts]]:
@@ -56,11 +56,13 @@ class Products:
     def texts(self, bucket: str, matrices: Sequence[Matrix], experts: Sequence[Experts]) -> Iterator[str]:
         """The functions of a bucket, format by format."""
         streamed, held = ({m.format: None for m in found} for found in (matrices, experts))
+        rows = tile_rows(bucket, self.limits)
+        common = self.common | {"tile_rows": rows}
         for name in streamed | held:
-            yield core_text(name, bucket, name in streamed, name in held)
+            yield core_text(name, bucket, rows, name in streamed, name in held)
             if name in streamed:
-                yield linear_text(name, bucket, matrices, self.common | {"common": self.places})
+                yield linear_text(name, bucket, matrices, common | {"common": self.places})
             if name in held and self.router:
-                fields = self.common | {"at": self.expert_places}
+                fields = common | {"at": self.expert_places}
                 layer_words = self.limits.rows * self.router.choices
                 yield experts_text(name, bucket, experts, self.router, layer_words, fields)
