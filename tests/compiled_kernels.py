@@ -53,6 +53,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_hidden_layers": 1, "num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48},
     "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 5},
 }  # fmt: skip
+MORE_ROWS = ("qwen3", "qwen3_moe", "every block format and f16")  # whose kernels take eight rows at once, not four
 DENSE = ("llama", "qwen2", "qwen3", "gemma3")
 MIXED = ("every block format and f16", 90)
 MOE = [("qwen2_moe", 80), ("gpt_oss", 90), ("mixtral", 100), ("qwen3_moe", 120)]
@@ -138,7 +139,8 @@ def checkpoint(family: str) -> Path:
 
 def limits(family: str, drafts: int = 0) -> Limits:
     room = {"outputs": 2 * LIMITS["outputs"], "drafts": drafts} if drafts else {}
-    return Limits(**{**LIMITS, **room}, kv_dtype=FAMILIES[family][3])
+    few = Limits.few_rows if drafts or family in MORE_ROWS else 4
+    return Limits(**{**LIMITS, **room}, few_rows=few, kv_dtype=FAMILIES[family][3])
 
 
 class CompiledStep:
