@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..codegen.triton.build import REGISTERS, Kernel, stages
 from ..codegen.triton.formats import READERS
+from ..codegen.triton.linear import PART_ROWS
 from ..codegen.triton.render import STREAMED, Source, render_kernel
 from ..ir.errors import CompileError
 from ..ir.graph import Program
@@ -31,6 +32,11 @@ BLOCK_THREADS = 1024  # CUDA's limit
 OWN = ("entry", "shared", "static_shared", "registers", "stack", "spills", "options")  # of a kernel in the manifest
 # CUDA Toolkit Release Notes, minimum driver for minor-version compatibility, by major version of ptxas.
 MIN_DRIVER = {"12": "525", "13": "580"}
+
+
+def with_fewest_rows(limits: Limits) -> Limits:
+    """The limits, the small bucket no larger than decoding needs: a GPU's code for it is written out row by row."""
+    return replace(limits, few_rows=PART_ROWS) if limits.decode_rows <= PART_ROWS else limits
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,17 @@ def command(
     _one_of("--kv-dtype", kv_dtype, KV)
     counts = thread_list(threads) if threads else ()
     from ..driver import Request
+    from ..gpu import with_fewest_rows
     from ..lowering import Dump
     from ..ondemand import find_model
     from ..target_list import parse_targets
 
     texts = Dump(dump, stop_after)
-    if speculate == "auto" and parse_targets(target, tuple(target_file or ())).gpus:
+    gpus = parse_targets(target, tuple(target_file or ())).gpus
+    if speculate == "auto" and gpus:
         speculate = "off"
     limits = _limits(rows, slots, context, outputs, kv_dtype, speculate)
+    limits = with_fewest_rows(limits) if gpus else limits
     path = find_model(model)
     request = Request(
         model=path,
