@@ -16,7 +16,7 @@
 
 constexpr int SPLIT_TOKENS = 256, PAGE_BLOCKS = PAGE_TOKENS / 16;
 constexpr int QUERIES_MAX = OL_LEVEL == 2 ? 6 : OL_LEVEL == 1 ? 4 : 2;  // queries of one pass
-constexpr int AHEAD = 12288;  // bytes between a load and the prefetch beside it
+constexpr int AHEAD = 2048;  // bytes between a load and the prefetch beside it
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float EMPTY = -1e30f;  // the maximum of no scores
 
@@ -76,9 +76,21 @@ struct Rows {
   const uint8_t* next;
 };
 
-// Blocks of 16 lanes per strip: as many sums as the registers hold.
-template <int NQ>
-constexpr int STRIP = OL_LEVEL == 2 ? (NQ <= 3 ? 8 : 4) : OL_LEVEL == 1 ? (NQ <= 2 ? 4 : 2) : 1;
+// Blocks of 16 lanes per strip, and queries beside each other: as many sums as the registers hold. Strips are as wide
+// as a row where they can be, so that the first queries read a part in the order in which it lies (linear_formats.h
+// says why); the others find it in L1.
+constexpr int STRIP = OL_LEVEL == 2 ? 8 : OL_LEVEL == 1 ? 4 : 1;
+constexpr int TOGETHER = OL_LEVEL == 2 ? 3 : 2;
+
+// Cut N queries into groups of up to TOGETHER: body(integral_constant count, integral_constant first).
+template <int N, int FIRST = 0, class Body>
+OL_INLINE void for_queries(Body body) {
+  if constexpr (FIRST < N) {
+    constexpr int groups = (N - FIRST + TOGETHER - 1) / TOGETHER, count = (N - FIRST + groups - 1) / groups;
+    body(std::integral_constant<int, count>(), std::integral_constant<int, FIRST>());
+    for_queries<N, FIRST + count>(body);
+  }
+}
 
 // Cut blocks first..last-1 into strips of B blocks, then B/2 ..: body(integral_constant B, first block).
 template <int B, class Body>
@@ -88,20 +100,20 @@ OL_INLINE void for_strips(int first, int last, Body body) {
 }
 
 // acc[q][b] += rows[i][16 lanes of block b] * x[q][STEP * i], over all rows i in order. With PAIR the second
-// half of the blocks takes x[q][STEP * i + 1].
-template <class KV, int STEP, bool PAIR, int NQ, int B>
+// half of the blocks takes x[q][STEP * i + 1]. Fetches ahead, or, if the rows are not COLD any more, what comes next.
+template <class KV, int STEP, bool PAIR, bool COLD, int NQ, int B>
 OL_INLINE void multiply(F (&acc)[NQ][B], Rows rows, int block, const uint32_t* x, int x_pitch) {
-  const uint8_t *row = rows.first + 64 * block, *ahead = row + AHEAD;
+  const uint8_t *row = rows.first + 64 * block, *ahead = COLD ? row + AHEAD : rows.next + 64 * block;
   const int near = AHEAD / int(rows.pitch), turn = rows.count > near ? rows.count - near : 0;
   const ptrdiff_t jump = rows.next - (rows.first + rows.pitch * rows.count);
   for (int i = 0; i < rows.count; ++i, row += rows.pitch, ahead += rows.pitch) {
-    if (i == turn) ahead += jump;
+    if (COLD && i == turn) ahead += jump;
     I lane[1 + PAIR][NQ];
     for (int half = 0; half <= PAIR; ++half)
       for (int q = 0; q < NQ; ++q) lane[half][q] = i_bcast(x + x_pitch * q + STEP * i + half);
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      prefetch(ahead + 64 * b);
+      if (b % 2 == 0) prefetch_l2(ahead + 64 * b);
       I cache = i_load(row + 64 * b);
 #pragma GCC unroll 8
       for (int q = 0; q < NQ; ++q) acc[q][b] = KV::mac(acc[q][b], cache, lane[PAIR && b >= B / 2][q]);
@@ -161,24 +173,28 @@ struct Pass {
   // Scores of blocks first..last-1 of 16 tokens. A score is the sum over even rows of K plus the sum over odd
   // rows: a single sum would wait for its own latency. So two rows are one row of eight blocks here.
   OL_METHOD void scores(Rows k, int first, int last) {
-    if (STRIP<NQ> == 2 * PAGE_BLOCKS && last - first == PAGE_BLOCKS) {
-      F acc[NQ][2 * PAGE_BLOCKS] = {};
-      multiply<KV, 2, true>(acc, k, 0, x[0], HEAD_DIM_MAX);
-      for (int q = 0; q < NQ; ++q)
-        for (int b = 0; b < PAGE_BLOCKS; ++b) f_store(score[q] + 16 * b, f_add(acc[q][b], acc[q][b + PAGE_BLOCKS]));
-      return;
-    }
-    constexpr int strip = STRIP<NQ> < PAGE_BLOCKS ? STRIP<NQ> : PAGE_BLOCKS;
-    for (int odd = 0; odd < 2; ++odd)
-      for_strips<strip>(first, last, [&](auto width, int block) {
-        F acc[NQ][width] = {};
-        multiply<KV, 2, false>(acc, k, block + PAGE_BLOCKS * odd, x[0] + odd, HEAD_DIM_MAX);
-        for (int q = 0; q < NQ; ++q)
-          for (int b = 0; b < width; ++b) {
-            float* s = score[q] + 16 * (block + b);
-            f_store(s, odd ? f_add(f_load(s), acc[q][b]) : acc[q][b]);
-          }
-      });
+    for_queries<NQ>([&](auto count, auto start) {
+      constexpr int N = count, Q = start;
+      if (STRIP == 2 * PAGE_BLOCKS && last - first == PAGE_BLOCKS) {
+        F acc[N][2 * PAGE_BLOCKS] = {};
+        multiply<KV, 2, true, Q == 0>(acc, k, 0, x[Q], HEAD_DIM_MAX);
+        for (int q = 0; q < N; ++q)
+          for (int b = 0; b < PAGE_BLOCKS; ++b)
+            f_store(score[Q + q] + 16 * b, f_add(acc[q][b], acc[q][b + PAGE_BLOCKS]));
+        return;
+      }
+      constexpr int strip = STRIP < PAGE_BLOCKS ? STRIP : PAGE_BLOCKS;
+      for (int odd = 0; odd < 2; ++odd)
+        for_strips<strip>(first, last, [&](auto width, int block) {
+          F acc[N][width] = {};
+          multiply<KV, 2, false, Q == 0>(acc, k, block + PAGE_BLOCKS * odd, x[Q] + odd, HEAD_DIM_MAX);
+          for (int q = 0; q < N; ++q)
+            for (int b = 0; b < width; ++b) {
+              float* s = score[Q + q] + 16 * (block + b);
+              f_store(s, odd ? f_add(f_load(s), acc[q][b]) : acc[q][b]);
+            }
+        });
+    });
   }
 
   // Scores to probabilities; may raise the maximum, and then says by how much older sums shrink. A branch, as
@@ -207,13 +223,16 @@ struct Pass {
 
   // o = o * keep + probabilities * V. The sums of a query that sees nothing here are not written back.
   OL_METHOD void values(Rows v, int first_row) {
-    for_strips<STRIP<NQ>>(0, dim / 16, [&](auto width, int block) {
-      F acc[NQ][width];
-      for (int q = 0; q < NQ; ++q)
-        for (int b = 0; b < width; ++b) acc[q][b] = f_mul(f_load(o[q] + 16 * (block + b)), keep[q]);
-      multiply<KV, 1, false>(acc, v, block, p[0] + first_row, PAGE_TOKENS);
-      for (int q = 0; q < NQ; ++q)
-        for (int b = 0; b < width && seen[q].any(); ++b) f_store(o[q] + 16 * (block + b), acc[q][b]);
+    for_queries<NQ>([&](auto count, auto start) {
+      constexpr int N = count, Q = start;
+      for_strips<STRIP>(0, dim / 16, [&](auto width, int block) {
+        F acc[N][width];
+        for (int q = 0; q < N; ++q)
+          for (int b = 0; b < width; ++b) acc[q][b] = f_mul(f_load(o[Q + q] + 16 * (block + b)), keep[Q + q]);
+        multiply<KV, 1, false, Q == 0>(acc, v, block, p[Q] + first_row, PAGE_TOKENS);
+        for (int q = 0; q < N; ++q)
+          for (int b = 0; b < width && seen[Q + q].any(); ++b) f_store(o[Q + q] + 16 * (block + b), acc[q][b]);
+      });
     });
   }
 
