@@ -12,59 +12,17 @@
 #pragma once
 #include <type_traits>
 
-#include "kv_cache.h"
+#include "attend_partial.h"
 
 constexpr int SPLIT_TOKENS = 256, PAGE_BLOCKS = PAGE_TOKENS / 16;
 constexpr int QUERIES_MAX = OL_LEVEL == 2 ? 6 : OL_LEVEL == 1 ? 4 : 2;  // queries of one pass
 constexpr int AHEAD = 2048;  // bytes between a load and the prefetch beside it
-constexpr float LOG2E = 1.44269504088896341f;
-constexpr float EMPTY = -1e30f;  // the maximum of no scores
 
 struct Query {
   const float* x;  // [head_dim], times softmax_scale * log2(e)
   float* partial;  // [partial_floats(head_dim)]
   int lo, hi;      // visible tokens lo..hi-1
 };
-
-// ---- partials: maximum, sum of 2^(score - maximum), outputs not yet divided by the sum ------------
-
-constexpr int PARTIAL_M = 0, PARTIAL_L = 1, PARTIAL_O = 16;  // o starts on a line of its own
-
-inline int partial_floats(int head_dim) { return PARTIAL_O + padded_dim(head_dim); }
-
-inline void begin(float* partial, int head_dim) {
-  for (int i = 0; i < partial_floats(head_dim); ++i) partial[i] = 0;
-  partial[PARTIAL_M] = EMPTY;
-}
-
-inline float exp2_1(float x) { return f_hmax(f_exp2(f_set1(x))); }
-
-// Fold the next split's partial into the running one. Fold in split order.
-inline void fold(float* into, const float* next, int head_dim) {
-  const float a = into[PARTIAL_M], b = next[PARTIAL_M], m = a > b ? a : b;
-  if (b == EMPTY) return;
-  const float keep = a == EMPTY ? 0 : exp2_1(a - m), take = exp2_1(b - m);
-  into[PARTIAL_M] = m;
-  into[PARTIAL_L] = into[PARTIAL_L] * keep + next[PARTIAL_L] * take;
-  for (int i = PARTIAL_O; i < partial_floats(head_dim); i += 16) {
-    F old = f_mul(f_load(into + i), f_set1(keep));
-    f_store(into + i, f_fma(f_load(next + i), f_set1(take), old));
-  }
-}
-
-// A learned score without a value, after the last fold: it only takes part of the probability.
-inline void add_sink(float* partial, float sink, int head_dim) {
-  const float a = partial[PARTIAL_M], b = sink * LOG2E, m = a > b ? a : b, keep = exp2_1(a - m);
-  partial[PARTIAL_M] = m;
-  partial[PARTIAL_L] = partial[PARTIAL_L] * keep + exp2_1(b - m);
-  for (int i = PARTIAL_O; i < partial_floats(head_dim); ++i) partial[i] *= keep;
-}
-
-// out [head_dim]. Adding 0 turns -0 into 0: the sign of a zero may depend on the neighbours in a pass.
-inline void finish(float* out, const float* partial, int head_dim) {
-  const float l = partial[PARTIAL_L], scale = l == 0 ? 0 : 1 / l;
-  for (int d = 0; d < head_dim; ++d) out[d] = partial[PARTIAL_O + d] * scale + 0.0f;
-}
 
 // ---- one pass: NQ queries over the tiles of one split -------------------------------------------
 
