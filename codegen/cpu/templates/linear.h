@@ -23,7 +23,6 @@
 constexpr int LINE = 64;
 constexpr int PREFETCH_AHEAD = 1024;                   // bytes
 constexpr int HALVES_AT_ONCE = OL_LEVEL == 2 ? 2 : 1;  // AVX2 has registers for one
-constexpr int F_REGISTERS = OL_LEVEL == 2 ? 24 : 6;    // of 32 zmm, of 8 pairs of ymm: the rest are operands
 
 // The same pointer, to a value the compiler knows nothing about.
 OL_INLINE const uint8_t* opaque(const uint8_t* p) {
@@ -137,43 +136,24 @@ OL_INLINE void tile_q8(const uint8_t* w, int K, const uint8_t* panel, F (*acc)[M
   }
 }
 
-// UNROLL blocks of 32 k side by side, each with its own sum, so that few rows still make enough chains.
-template <class Fmt, int M, int HALVES, int UNROLL>
-OL_INLINE void blocks_dense(const uint8_t* w, const uint8_t* x, int first, F (*acc)[M]) {
-  constexpr int STEPS = BLOCK_K / Fmt::STEP_K;
-  constexpr size_t W_BLOCK = size_t(STEPS) * Fmt::STEP_BYTES, X_BLOCK = M * act_row_bytes(Fmt::ACT, BLOCK_K);
-  F sum[UNROLL][HALVES][M];
-  OL_UNROLL for (int u = 0; u < UNROLL; ++u)
-    OL_UNROLL for (int h = 0; h < HALVES; ++h)
-      OL_UNROLL for (int m = 0; m < M; ++m) sum[u][h][m] = f_zero();
-  OL_UNROLL for (int step = 0; step < STEPS; ++step)
-    OL_UNROLL for (int u = 0; u < UNROLL; ++u) {
-      const uint8_t* ws = w + u * W_BLOCK + step * Fmt::STEP_BYTES;
-      const uint8_t* xs = x + u * X_BLOCK + step * (X_BLOCK / STEPS);
-      if (first == 0) prefetch_ahead<Fmt::STEP_BYTES>(ws);
-      OL_UNROLL for (int h = 0; h < HALVES; ++h) {
-        auto weights = Fmt::load(ws, first + h);
-        OL_UNROLL for (int m = 0; m < M; ++m) sum[u][h][m] = Fmt::mac(sum[u][h][m], weights, xs, m, M);
-      }
-    }
-  OL_UNROLL for (int u = 0; u < UNROLL; ++u)
-    OL_UNROLL for (int h = 0; h < HALVES; ++h)
-      OL_UNROLL for (int m = 0; m < M; ++m) acc[first + h][m] = f_add(acc[first + h][m], sum[u][h][m]);
-}
-
+// Each block of 32 k has sums of its own: chains of additions that the processor overlaps.
 template <class Fmt, int M>
 OL_INLINE void tile_dense(const uint8_t* w, int K, const uint8_t* x, F (*acc)[M]) {
-  constexpr int FIT = F_REGISTERS / (HALVES_AT_ONCE * M) - 1;  // sums that fit beside the accumulators
-  constexpr int UNROLL = FIT > 1 ? 2 : 1;  // more than two streams only get in each other's way
-  constexpr size_t W_BLOCK = size_t(BLOCK_K) / Fmt::STEP_K * Fmt::STEP_BYTES;
-  constexpr size_t X_BLOCK = M * act_row_bytes(Fmt::ACT, BLOCK_K);
-  int blocks = K / BLOCK_K;
-  for (; blocks >= UNROLL; blocks -= UNROLL, w += UNROLL * W_BLOCK, x += UNROLL * X_BLOCK)
-    OL_UNROLL for (int first = 0; first < 2; first += HALVES_AT_ONCE)
-      blocks_dense<Fmt, M, HALVES_AT_ONCE, UNROLL>(w, x, first, acc);
-  for (; blocks > 0; --blocks, w += W_BLOCK, x += X_BLOCK)
-    OL_UNROLL for (int first = 0; first < 2; first += HALVES_AT_ONCE)
-      blocks_dense<Fmt, M, HALVES_AT_ONCE, 1>(w, x, first, acc);
+  constexpr int STEPS = BLOCK_K / Fmt::STEP_K, X_STEP = M * act_row_bytes(Fmt::ACT, Fmt::STEP_K);
+  for (int k = 0; k < K; k += BLOCK_K) {
+    F sum[2][M];
+    OL_UNROLL for (int h = 0; h < 2; ++h)
+      OL_UNROLL for (int m = 0; m < M; ++m) sum[h][m] = f_zero();
+    OL_UNROLL for (int step = 0; step < STEPS; ++step, w += Fmt::STEP_BYTES, x += X_STEP) {
+      prefetch_ahead<Fmt::STEP_BYTES>(w);
+      OL_UNROLL for (int h = 0; h < 2; ++h) {
+        auto weights = Fmt::load(w, h);
+        OL_UNROLL for (int m = 0; m < M; ++m) sum[h][m] = Fmt::mac(sum[h][m], weights, x, m, M);
+      }
+    }
+    OL_UNROLL for (int h = 0; h < 2; ++h)
+      OL_UNROLL for (int m = 0; m < M; ++m) acc[h][m] = f_add(acc[h][m], sum[h][m]);
+  }
 }
 
 // One tile against one panel of M rows: y[m * ldy + 0..31].
