@@ -70,7 +70,7 @@ class Renderer:
     def __init__(self, schedules: Mapping[str, Schedule]) -> None:
         one = next(iter(schedules.values()))
         self.schedules, self.program, self.limits = schedules, one.program, one.limits
-        self.groups = cache_groups(self.program.kinds, self.program.layers)
+        self.groups = cache_groups(self.program)
         self.vocab = self.program.logits.tensor.width
         self.events = max(event_count(s) for s in schedules.values())
         fields = state_fields(self.limits, self.vocab, len(self.groups), self.program.routing)
