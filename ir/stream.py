@@ -69,7 +69,7 @@ def _worker(schedule: Schedule, weights: WeightPlan, chunk_blocks: ChunkBlocks, 
                 continue
             phase, part = matrix
             # A step without output rows leaves these chunks where they are: none that is needed may lie behind. With
-            # a draft model it takes them (linear.py.j2): there are rows behind.
+            # a draft model it passes them by (linear.py.j2): there are rows behind.
             outputs = part[0].out.tensor.shape[0] == OUTPUTS and not schedule.program.passes
             expect(outputs or not ended, f"phase `{phase.name}` reads weights after one for output rows alone")
             ended |= outputs

@@ -72,16 +72,15 @@ def run_guess(state: State, limits: Limits, likeliest: Sequence[int]) -> None:
     state.draft_pass[0] += 1
     n, ends = int(state.draft_pass[0]), range(int(state.n_ends[0]))
     for e, token in zip([e for e in ends if state.end_drafts[e] >= n], likeliest, strict=True):
-        state.end_token[e, n] = token
         if token < 0:
             state.end_drafts[e] = n - 1
-    if n < limits.drafts:
-        going = [e for e in ends if state.end_drafts[e] > n]
-        put_rows(state, [_row(state, e, n) for e in going], range(len(going)))
-        return
-    drafts = [(e, i) for e in ends for i in range(int(state.end_drafts[e]) + 1)]
-    put_rows(state, [_row(state, e, i) for e, i in drafts], range(len(drafts)))
-    state.row_draft[: len(drafts)] = np.array([i for _, i in drafts], np.int32)
+        else:
+            state.end_token[e, n] = token
+    rows = [(e, n) for e in ends if state.end_drafts[e] > n]
+    if n == limits.drafts:
+        rows = [(e, i) for e in ends for i in range(int(state.end_drafts[e]) + 1)]
+    put_rows(state, [_row(state, e, i) for e, i in rows], range(len(rows)))
+    state.row_draft[: len(rows)] = np.array([i for _, i in rows], np.int32)
 
 
 def _row(state: State, e: int, i: int) -> Row:
