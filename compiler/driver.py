@@ -72,11 +72,6 @@ def request_targets(request: Request) -> Targets:
             f"--threads: expected a processor among the targets to run them, got `{request.target}`",
             hint="a GPU has one worker per SM; add `cpu` to --target",
         )
-    if request.draft is not None and targets.gpus:
-        raise UsageError(
-            f"--speculate draft: expected processors alone to draft by a model on, got `{request.target}`",
-            hint="compile for `cpu`, or guess on a GPU with `--speculate ngram:K`",
-        )
     return targets
 
 

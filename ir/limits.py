@@ -197,6 +197,7 @@ def state_fields(
 def _draft_fields(limits: Limits) -> list[tuple[str, str, tuple[int, ...]]]:
     """What a step that drafts holds besides. A slot's drafted rows follow the row of its last token."""
     slots = (limits.slots,)
+    before, behind = _model_draft_fields(limits) if limits.has_draft_model else ([], [])
     return [
         ("row_draft", "int32", (limits.rows,)),  # 0, or the row holds this many-th draft of its slot, from 1
         ("slot_drafts_most", "int32", slots),  # drafts the slot may have, 0: it decodes plainly
@@ -204,15 +205,19 @@ def _draft_fields(limits: Limits) -> list[tuple[str, str, tuple[int, ...]]]:
         ("slot_steps", "int32", slots),  # steps that committed tokens since the slot started
         ("slot_drafted", "int32", (*slots, limits.drafts)),  # how often it had an n-th draft
         ("slot_accepted", "int32", (*slots, limits.drafts)),  # how often the n-th was accepted
+        *before,
         ("slot_history", "int32", (*slots, limits.context)),  # prompt and committed tokens, by position
-    ] + (_model_draft_fields(limits) if limits.has_draft_model else [])
+        *behind,
+    ]
 
 
-def _model_draft_fields(limits: Limits) -> list[tuple[str, str, tuple[int, ...]]]:
-    """What a step keeps while a model drafts: `end_*` of the slots that go on, in order, the first `n_ends`."""
+def _model_draft_fields(limits: Limits) -> tuple[list[tuple[str, str, tuple[int, ...]]], ...]:
+    """What lasts where a model drafts, and what it needs within a step: `end_*` of the slots that go on, in order,
+    the first `n_ends`."""
     slots = (limits.slots,)
     return [
         ("slot_followed", "int32", slots),  # the first so many tokens of the slot are in the draft model's cache
+    ], [
         ("draft_pass", "int32", (1,)),  # passes of the draft model that are done in this step
         ("n_ends", "int32", (1,)),
         ("end_slot", "int32", slots),

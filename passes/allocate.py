@@ -50,8 +50,8 @@ class _Plan:
             name, logits = f"{model.exit.name}/{model.logits.name}", model.logits
             self._carry(name, logits)
             self._fixed(f"{name}.max", padded(logits.tensor.width) // 32 * 4, self.limits.outputs)
-            for value in model.entry.results:
-                self._carry(f"/{value.name}", value)
+        for value in (value for model in schedule.program.models for value in model.entry.results):
+            self._carry(f"/{value.name}", value)
         for graph in schedule.program.graphs:
             for life in self._lives(graph):
                 if f"{graph.name}/{life.root}" in self.kept:

@@ -31,9 +31,9 @@ class CacheGroup:
     head_dim: int
     window: int
     layers: int
-    draft_layers: int
     ring_pages: int
     tile_bytes: int
+    draft_layers: int = 0
 
     def token_bytes(self) -> float:
         """Bytes of K and V of one token, over the layers that a step without guesses reads."""

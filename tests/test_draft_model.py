@@ -89,6 +89,15 @@ def test_a_model_that_drafts_for_itself_is_always_right(itself: Path, plain: Mod
     assert again[3].reused_tokens == 256
 
 
+def test_a_prefix_that_is_not_read_again_is_not_followed_again(itself: Path) -> None:
+    """Else the draft model would have to catch up, and a slot that catches up has no drafts."""
+    prompt = [i * i % 61 for i in range(300)]
+    with load(itself) as model:
+        first, again = (model.generate(prompt, max_new_tokens=60, stop_tokens=[]) for _ in range(2))
+    assert again.reused_tokens == 256
+    assert again.speculation == first.speculation
+
+
 def test_a_stop_token_inside_a_draft_ends_the_text(itself: Path, plain: Model) -> None:
     prompt = [3, 1, 4, 1, 5]
     text = plain.generate(prompt, max_new_tokens=60, stop_tokens=[]).tokens

@@ -9,7 +9,7 @@ from drafted import DRAFTING, drafted, likeness, opposite
 from test_speculate_vm import DRAWN, GREEDY, PROMPTS, alone
 from tiny import Tiny, tiny
 
-from onelaunch.ir.errors import CompileError
+from onelaunch.ir.errors import CompileError, VerifyError
 from onelaunch.ir.graph import Program
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import Slot
@@ -17,7 +17,7 @@ from onelaunch.ir.sampling import Sampling
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.schedule_text import parse_schedule, show_schedule
 from onelaunch.ir.text import parse, show
-from onelaunch.ir.validate import validate_buckets
+from onelaunch.ir.validate import validate, validate_buckets
 from onelaunch.ir.vm import VirtualMachine
 
 Asked = tuple[list[int], int, Sampling]
@@ -81,6 +81,25 @@ def test_a_draft_model_follows_every_token() -> None:
     assert s.slot_followed.tolist() == [len(PROMPTS[0]) + 59, len(PROMPTS[1]) + 29]
     assert 0 < s.slot_accepted[0].sum() < s.slot_drafted[0].sum()
     assert s.slot_drafted[:, 0].sum() >= s.slot_steps.sum() - 4  # only a first and a last step may have none
+
+
+@pytest.mark.parametrize("length", [6, 16])
+def test_a_slot_whose_prompt_fills_a_step_catches_up(length: int) -> None:
+    """Its first token finds no room: no guess from the token before, and every later one right."""
+    target = tiny("gemma3")
+    machine, prompt = machine_of(drafted(target, target)), [(7 * i + 3) % 96 for i in range(length)]
+    assert run(machine, [(prompt, 20, GREEDY)], length) == [alone(target, prompt, 20, GREEDY)]
+    assert machine.state.slot_accepted[0].sum() == machine.state.slot_drafted[0].sum() > 8
+
+
+def test_what_a_draft_model_writes_over_the_logits_is_found() -> None:
+    """The host reads those of the step's outputs when all is done."""
+    made = drafted(tiny("llama"), tiny("llama")).schedule("few", 2, DRAFTING)
+    logits = made.buffer("exit", "logits")
+    moved = tuple(replace(b, offset=logits.offset) if b.name == "draft_local/draft_q1" else b for b in made.buffers)
+    assert moved != made.buffers
+    with pytest.raises(VerifyError, match="`/logits` is needed after it, but `draft_q1` overwrote it"):
+        validate(replace(made, buffers=moved))
 
 
 def test_a_slot_without_drafts_is_not_followed() -> None:

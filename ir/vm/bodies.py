@@ -52,8 +52,8 @@ class Call:
             self._pack()
         else:
             {
-                "linear": self._linear, "experts": lambda: run_experts(self), "attend": self._attend, "rows": self._rows,
-                "sample": self._sample, "commit": self._commit, "guess": self._guess,
+                "linear": self._linear, "experts": lambda: run_experts(self), "attend": self._attend,
+                "rows": self._rows, "sample": self._sample, "commit": self._commit, "guess": self._guess,
             }[self.phase.anchor_kind]()  # fmt: skip
 
     # ---- rows and values --------------------------------------------------------------------
