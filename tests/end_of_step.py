@@ -19,7 +19,7 @@ Rows = Sequence[tuple[int, int, int, int]]  # token, slot, position, draft
 
 
 class EndOfStep:
-    """A loaded artifact of one worker whose task tables are cut to sample, commit and, with a draft model, its guesses."""
+    """A loaded artifact of one worker, its task tables cut to sample, commit and, of a draft model, its guesses."""
 
     def __init__(self, artifact: Path) -> None:
         self.model = load(artifact, threads=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -129,11 +130,10 @@ def test_texts_of_a_program_with_a_draft_model_read_back() -> None:
         (lambda p: replace(p, drafter=drafted(tiny("llama"), tiny("llama", vocab=64)).program.drafter), "96 tokens"),
     ],
 )
-def test_programs_that_are_none_are_refused(change: object, message: str) -> None:
+def test_programs_that_are_none_are_refused(change: Callable[[Program], Program], message: str) -> None:
     program = drafted(tiny("llama"), tiny("llama")).program
+    made = change(program)
     with pytest.raises(CompileError, match=message):
-        made = change(program)  # type: ignore[operator]
-        assert isinstance(made, Program)
         made.verify()
 
 

@@ -1,5 +1,5 @@
-"""The generated GPU kernel where a second model drafts: interpreted, its bookkeeping is the reference's on random steps,
-and whole steps, in a grid with a race detector, say what the first model says alone."""
+"""The generated GPU kernel where a second model drafts, interpreted: its bookkeeping is the reference's on random
+steps, and whole steps, in a grid with a race detector, say what the first model says alone."""
 
 from __future__ import annotations
 

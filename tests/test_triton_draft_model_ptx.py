@@ -1,4 +1,4 @@
-"""A second model that drafts in the compiled PTX, emulated: the CPU target's text, no races, its ring of weights right."""
+"""A second model that drafts in the compiled PTX, emulated: the CPU target's text, no races, the ring in step."""
 
 from __future__ import annotations
 
