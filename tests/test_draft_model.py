@@ -86,7 +86,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(itself: Path, plain: Mod
         assert found is not None
         assert found.accepted == found.drafted
         assert found.tokens_per_step > 1.5
-    assert again[3].reused_tokens == 256
+    assert again[3].reused_tokens >= 128
 
 
 def test_a_prefix_that_is_not_read_again_is_not_followed_again(itself: Path) -> None:
