@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from onelaunch.runtime import Model, load
+from onelaunch.compiler.driver import Request, compile_model
+from onelaunch.compiler.report import overview, phases, summary_lines
+from onelaunch.ir.errors import LoadError, OnelaunchError
+from onelaunch.ir.limits import Limits
+from onelaunch.models.checkpoint import TokenizerFiles
+from onelaunch.models.drafter import with_drafter
+from onelaunch.models.fetch import fetch
+from onelaunch.runtime import Artifact, Model, load
+from onelaunch.tests.bench.draft_model import compile_pair
+from onelaunch.tests.bench.speculate_prompts import COPY, PROSE
 from onelaunch.tests.checkpoints import save_hf, save_random
 from onelaunch.tests.compiled import ArtifactCache
+from onelaunch.tests.interpreter_step import random_model
 from onelaunch.tests.test_speculate_model import CONFIG, random_prompt
 
 pytestmark = pytest.mark.xdist_group("drafts")
@@ -125,3 +137,65 @@ def test_explicit_rows_have_no_drafts(itself: Path, plain: Model) -> None:
             assert np.array_equal(model.step(prompt[:40]), plain.step(prompt[:40]))
             model.reset(), plain.reset()
         assert len(model.bench_decode(30, depth=60, slots=4)) == 30
+
+
+# ---- what is refused, what is counted ------------------------------------------------------------------
+
+
+def test_a_draft_model_that_does_not_fit_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    def refusal(model_type: str, **config: Any) -> str:
+        folder = tmp_path / f"{model_type}{len(list(tmp_path.iterdir()))}"
+        save_random(folder, model_type, **{**OTHER, **config})
+        with pytest.raises(OnelaunchError) as error:
+            compile_model(Request(checkpoint, tmp_path / "none", limits=Limits(**LIMITS), draft=folder))
+        return str(error.value)
+
+    assert "draft model: expected a vocabulary of 64 tokens, as the model has, got 66" in refusal("llama", vocab_size=66)
+    assert "--context: expected at most 256, the draft model's, got 512" in refusal("llama", max_position_embeddings=256)
+    assert "expected a draft model without experts" in refusal(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused() -> None:
+    def tokenizer(words: dict[str, int]) -> Any:
+        text = json.dumps({"model": {"vocab": words}, "added_tokens": [{"content": "<end>", "id": 2}]})
+        return lambda: TokenizerFiles({"tokenizer.json": text.encode()})
+
+    ours, theirs, alike = ({"a": 0, "b": 1}, {"a": 1, "b": 0}, {"b": 1, "a": 0})
+    target, other, same = (
+        replace(random_model("llama"), checkpoint=replace(random_model("llama").checkpoint, tokenizer=tokenizer(words)))
+        for words in (ours, theirs, alike)
+    )
+    assert with_drafter(target, same, 2).program.passes == 2
+    with pytest.raises(LoadError, match="the model's tokenizer, where `a` is token 0, got one where it is token 1"):
+        with_drafter(target, other, 2)
+
+
+def test_bytes_of_a_draft_model_are_counted_by_themselves(itself: Path, checkpoint: Path, compiled: ArtifactCache) -> None:
+    alone = Artifact.open(compiled(checkpoint, limits={**LIMITS, "drafter": "ngram"}))
+    both = Artifact.open(itself)
+    one, two = alone.manifest.traffic, both.manifest.traffic
+    assert two["weights_per_step"] == one["weights_per_step"] == two["weights_per_guess"]
+    assert two["weights"] == 2 * one["weights"]
+    token = [sum(group.token_bytes() for group in a.manifest.caches) for a in (alone, both)]
+    assert token[0] == token[1]  # of a step without guesses
+    shown = summary_lines(overview(both, 10.0))
+    assert any(line.startswith("drafts     ") and "up to 4 a step" in line for line in shown)
+    weights = [sum(row["weight_bytes"] for row in phases(a, 10.0, 0)) for a in (alone, both)]
+    assert weights[1] == pytest.approx(5 * weights[0], rel=1e-3)
+
+
+@pytest.mark.weights
+def test_greedy_tokens_of_a_real_model_are_the_same(tmp_path: Path) -> None:
+    """Drafted by its own first layers; 2,000 tokens of it are what tests/bench/draft_model.py compares."""
+    made = compile_pair(fetch("smollm2-135m-instruct"), 24, 3, tmp_path / "artifact", 2)
+    with load(made, threads=2) as model, load(made, threads=2, speculate="off") as plain:
+        for prompts, tokens in (([COPY["extract"]], 60), ([*PROSE.values()][:4], 25)):
+            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            got, expected = (
+                m.generate(chats, chat=True, max_new_tokens=tokens, stop_tokens=[]) for m in (model, plain)
+            )
+            assert [r.tokens for r in got] == [r.tokens for r in expected]
+            assert all(sum(r.speculation.accepted) > 0 for r in got if r.speculation)

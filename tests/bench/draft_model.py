@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from speculate_prompts import COPY, PROSE
-
 from onelaunch.compiler.driver import Request, compile_imported
 from onelaunch.ir.limits import Limits
 from onelaunch.models.checkpoint import Checkpoint
@@ -27,6 +25,7 @@ from onelaunch.models.fetch import fetch
 from onelaunch.models.importer import import_checkpoint
 from onelaunch.models.open import open_checkpoint
 from onelaunch.runtime import load
+from onelaunch.tests.bench.speculate_prompts import COPY, PROSE
 
 
 def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
