@@ -15,6 +15,17 @@ This is speculative sampling (Leviathan et al., 2023; Chen et al., 2023) with no
 - x is more than distributed as in plain decoding, it is the same token: the sampler is a function of the logits, the
   tokens seen, the seed, the stream and the position, and a row's logits do not depend on the other rows of its step.
 
+Who guesses is settled when a step is compiled: the text so far (`look_up`), or a second model in the same step.
+A model's guesses are greedy: its likeliest token after each. So q is 1 at g for it as well, all of the above holds
+whatever model guesses, and no distribution of it is kept. What that costs: drawn from q at random, a guess would be
+accepted with probability sum of min(p, q); the likeliest one is with p(g). At temperature 0 that is the same, where p is
+flat and q is like it the draw would do better. A repetition penalty is not applied to guesses; they hold less often.
+
+A step with a draft model is the model's own and then k passes of the other over rows that commit and each pass write
+(`vm/guess.py`). The first takes, of each slot of the step, the tokens that the draft model has not followed yet, prompt
+tokens included, so its cache has what the other's has; the guess after the last of them is the first draft. Each later
+pass takes one row, the draft before. What holds in the next step is then followed already, but for the last draft.
+
 So stop tokens, limits and not-a-number logits end a slot exactly where plain decoding would, whatever is guessed.
 One exception is made for damaged numbers: where a guess itself has no finite logits, its slot ends as one whose own
 logits are not, since not-a-number in the cache poisons sums even where it is masked.
