@@ -17,9 +17,10 @@ This is speculative sampling (Leviathan et al., 2023; Chen et al., 2023) with no
 
 Who guesses is settled when a step is compiled: the text so far (`look_up`), or a second model in the same step.
 A model's guesses are greedy: its likeliest token after each. So q is 1 at g for it as well, all of the above holds
-whatever model guesses, and no distribution of it is kept. What that costs: drawn from q at random, a guess would be
-accepted with probability sum of min(p, q); the likeliest one is with p(g). At temperature 0 that is the same, where p is
-flat and q is like it the draw would do better. A repetition penalty is not applied to guesses; they hold less often.
+whatever model guesses, accepting iff x = g is the best coupling there is, and no distribution of the model is kept.
+What that costs: a guess drawn from the model's q would hold with probability 1 - TV(p, q), the sum of min(p, q); its
+likeliest token holds with p(g). Greedy text loses nothing; at high temperature, where p is flat and q is like it, a draw
+would hold more often. A repetition penalty is not applied to guesses, so with one they hold less often too.
 
 A step with a draft model is the model's own and then k passes of the other over rows that commit and each pass write
 (`vm/guess.py`). The first takes, of each slot of the step, the tokens that the draft model has not followed yet, prompt

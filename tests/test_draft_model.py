@@ -150,8 +150,8 @@ def test_a_draft_model_that_does_not_fit_is_refused_by_name(checkpoint: Path, tm
             compile_model(Request(checkpoint, tmp_path / "none", limits=Limits(**LIMITS), draft=folder))
         return str(error.value)
 
-    assert "draft model: expected a vocabulary of 64 tokens, as the model has, got 66" in refusal("llama", vocab_size=66)
-    assert "--context: expected at most 256, the draft model's, got 512" in refusal("llama", max_position_embeddings=256)
+    assert "expected a vocabulary of 64 tokens, as the model has, got 66" in refusal("llama", vocab_size=66)
+    assert "at most 256, the draft model's, got 512" in refusal("llama", max_position_embeddings=256)
     assert "expected a draft model without experts" in refusal(
         "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     )
@@ -173,7 +173,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused() -> None:
         with_drafter(target, other, 2)
 
 
-def test_bytes_of_a_draft_model_are_counted_by_themselves(itself: Path, checkpoint: Path, compiled: ArtifactCache) -> None:
+def test_bytes_of_a_draft_model_are_counted_apart(itself: Path, checkpoint: Path, compiled: ArtifactCache) -> None:
     alone = Artifact.open(compiled(checkpoint, limits={**LIMITS, "drafter": "ngram"}))
     both = Artifact.open(itself)
     one, two = alone.manifest.traffic, both.manifest.traffic

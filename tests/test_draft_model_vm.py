@@ -20,6 +20,7 @@ from onelaunch.ir.schedule_text import parse_schedule, show_schedule
 from onelaunch.ir.text import parse, show
 from onelaunch.ir.validate import validate, validate_buckets
 from onelaunch.ir.vm import VirtualMachine
+from onelaunch.models.drafter import as_drafter
 
 Asked = tuple[list[int], int, Sampling]
 PAIRS = {
@@ -127,7 +128,7 @@ def test_texts_of_a_program_with_a_draft_model_read_back() -> None:
         (lambda p: replace(p, drafter=None), "passes of a drafter, and of nothing else"),
         (lambda p: replace(p, drafter=replace(p.drafter, exit=p.exit)), "expected distinct graphs"),
         (lambda p: replace(p, drafter=tiny("llama", vocab=64).program), "expected distinct graphs"),
-        (lambda p: replace(p, drafter=drafted(tiny("llama"), tiny("llama", vocab=64)).program.drafter), "96 tokens"),
+        (lambda p: replace(p, drafter=as_drafter(tiny("llama", vocab=64).program)), "96 tokens, got 64"),
     ],
 )
 def test_programs_that_are_none_are_refused(change: Callable[[Program], Program], message: str) -> None:
