@@ -18,8 +18,8 @@ This is speculative sampling (Leviathan et al., 2023; Chen et al., 2023) with no
 Who guesses is settled when a step is compiled: the text so far (`look_up`), or a second model in the same step.
 A model's guesses are greedy: its likeliest token after each. So q is 1 at g for it as well, all of the above holds
 whatever model guesses, accepting iff x = g is the best coupling there is, and no distribution of the model is kept.
-What that costs: a guess drawn from the model's q would hold with probability 1 - TV(p, q), the sum of min(p, q); its
-likeliest token holds with p(g). Greedy text loses nothing; at high temperature, where p is flat and q is like it, a draw
+What that costs: a guess drawn from the model's q would hold with probability 1 - TV(p, q), the sum of min(p, q);
+its likeliest token holds with p(g). Greedy text loses nothing; at high temperature, p flat and q like it, a draw
 would hold more often. A repetition penalty is not applied to guesses, so with one they hold less often too.
 
 A step with a draft model is the model's own and then k passes of the other over rows that commit and each pass write

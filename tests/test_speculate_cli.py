@@ -70,7 +70,8 @@ def test_a_second_model_drafts_and_is_verified_with_the_first() -> None:
     checked = small.command("verify", made, small.model(), "--draft", small.model(), "--tokens", "8")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     missing = small.command("verify", made, small.model())
-    assert (missing.returncode, "--draft: expected the model that drafts in it, got none" in missing.stderr) == (2, True)
+    assert missing.returncode == 2
+    assert "--draft: expected the model that drafts in it, got none" in missing.stderr
 
 
 def test_a_draft_model_without_a_path_is_asked_for() -> None:
