@@ -15,6 +15,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from onelaunch.compiler.driver import Request, compile_imported
@@ -47,13 +48,30 @@ def compile_pair(path: Path, layers: int, drafts: int, output: Path, threads: in
     return made
 
 
-def run(model: Any, prompts: list[str], rows: int, tokens: int) -> tuple[list[Any], float]:
-    """Results, and tokens a second from the first prompt's start to the last one's end."""
+def run(model: Any, prompts: list[str], tokens: int) -> tuple[list[Any], float]:
+    """Results of prompts side by side, and the seconds from the first one's start to the last one's end."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    start, results = time.perf_counter(), []
-    for i in range(0, len(chats), rows):
-        results += model.generate(chats[i : i + rows], chat=True, max_new_tokens=tokens, stop_tokens=[])
-    return results, sum(len(r.tokens) for r in results) / (time.perf_counter() - start)
+    start = time.perf_counter()
+    results = model.generate(chats, chat=True, max_new_tokens=tokens, stop_tokens=[])
+    return results, time.perf_counter() - start
+
+
+def compare(drafting: Any, plain: Any, prompts: list[str], rows: int, tokens: int) -> dict[str, Any]:
+    """All prompts, `rows` at a time, each group with and without drafts in turns: the same text, or SystemExit."""
+    results, gains = [], []
+    for i in range(0, len(prompts), rows):
+        (got, with_drafts), (expected, without) = (run(m, prompts[i : i + rows], tokens) for m in (drafting, plain))
+        if [r.tokens for r in got] != [r.tokens for r in expected]:
+            raise SystemExit(f"{rows} side by side: another text with drafts than without")
+        results += got
+        gains.append(without / with_drafts)
+    found = [r.speculation for r in results]
+    return {
+        "equal tokens": sum(len(r.tokens) for r in results), "gain": [round(g, 2) for g in gains],
+        "median gain": round(median(gains), 3), "tokens per step": [round(s.tokens_per_step, 2) for s in found],
+        "drafted": [sum(n) for n in zip(*(s.drafted for s in found), strict=True)],
+        "accepted": [sum(n) for n in zip(*(s.accepted for s in found), strict=True)],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -69,22 +87,7 @@ def main() -> None:
         made = compile_pair(fetch("smollm2-135m-instruct"), args.layers, args.drafts, Path(folder) / "a", args.threads)
         with load(made, threads=args.threads) as drafting, load(made, threads=args.threads, speculate="off") as plain:
             for rows in (1, 4):
-                got, speed = run(drafting, prompts, rows, args.tokens)
-                expected, before = run(plain, prompts, rows, args.tokens)
-                if [r.tokens for r in got] != [r.tokens for r in expected]:
-                    raise SystemExit(f"{rows} side by side: another text with drafts than without")
-                drafted, held = (
-                    [sum(n) for n in zip(*counts, strict=True)]
-                    for counts in (
-                        [r.speculation.drafted for r in got],
-                        [r.speculation.accepted for r in got],
-                    )
-                )
-                found[f"rows {rows}"] = {
-                    "equal tokens": sum(len(r.tokens) for r in got), "gain": round(speed / before, 3),
-                    "tokens per step": [round(r.speculation.tokens_per_step, 2) for r in got],
-                    "drafted": drafted, "accepted": held,
-                }  # fmt: skip
+                found[f"rows {rows}"] = compare(drafting, plain, prompts, rows, args.tokens)
     print(json.dumps(found))
 
 
