@@ -54,7 +54,7 @@ def render_bodies(
     (from `comment` on) and in the names of values alone are one function.
     """
     one = next(iter(schedules.values()))
-    groups = cache_groups(one.program.kinds, one.program.layers)
+    groups = cache_groups(one.program)
     args = {b: BodyArgs(one.program, one.limits, b, groups) for b in schedules}
     texts: dict[str, BodyText] = {}
     bodies: dict[str, dict[BodyKey, Body]] = {b: {} for b in schedules}

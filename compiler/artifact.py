@@ -81,7 +81,7 @@ class ArtifactFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def cache_entry(group: CacheGroup, limits: Limits) -> dict[str, int]:
+def cache_entry(group: CacheGroup, limits: Limits, own_layers: int) -> dict[str, int]:
     """One page pool of the manifest; a tile is 64 tokens of one kv head, K then V, head_dim padded to 16."""
     kind = group.type
     return {
@@ -89,6 +89,7 @@ def cache_entry(group: CacheGroup, limits: Limits) -> dict[str, int]:
         "head_dim": kind.head_dim,
         "window": kind.window,
         "layers": len(group.layers),
+        "draft_layers": sum(layer >= own_layers for layer in group.layers),
         "ring_pages": limits.ring_pages(kind.window),
         "tile_bytes": kv_tile_bytes(kind.head_dim, limits),
     }
@@ -96,19 +97,30 @@ def cache_entry(group: CacheGroup, limits: Limits) -> dict[str, int]:
 
 def step_bytes(program: Program, weights: list[PackedWeight]) -> dict[str, float]:
     """Bytes a one-row step reads: every weight once, but one row of an embedding that is not the head, and of experts
-    as many as a row has."""
-    embedded = {v.name[2:] for v in program.entry.weights if len(v.tensor.shape) == 2}
-    head = {v.name[2:] for v in program.exit.weights}
-    only_embedded = sum(w.size for w in weights if w.key in embedded - head)
-    idle = sum(w.size - active_bytes(program, w.key, w.size) for w in weights if w.experts > 1)
-    total = sum(w.size for w in weights)
-    return {"weights_per_step": total - only_embedded - idle, "weights": total}
+    as many as a row has. A draft model's are read besides, by each of its passes."""
+    found: dict[str, float] = {"weights": sum(w.size for w in weights)}
+    for name, model in zip(("weights_per_step", "weights_per_guess"), program.models, strict=False):
+        mine = [w for w in weights if _is_read_by(program, model, w.key)]
+        embedded = {v.name[2:] for v in model.entry.weights if len(v.tensor.shape) == 2}
+        head = {v.name[2:] for v in model.exit.weights}
+        only_embedded = sum(w.size for w in mine if w.key in embedded - head)
+        idle = sum(w.size - active_bytes(program, w.key, w.size) for w in mine if w.experts > 1)
+        found[name] = sum(w.size for w in mine) - only_embedded - idle
+    return found
+
+
+def _is_read_by(program: Program, model: Program, key: str) -> bool:
+    """Whether a packed weight is a model's, of a program and its drafter."""
+    layer, dot, _ = key.partition(".")
+    if dot:
+        return (int(layer) < len(program.layers)) == (model is program)
+    return f"w.{key}" in {w.name for graph in (model.entry, model.exit) for w in graph.weights}
 
 
 def active_bytes(program: Program, key: str, size: int) -> int:
     """Of the `size` bytes of a packed weight, those that a row's experts are; all of a weight that is not theirs."""
     layer, _, name = key.rpartition(".")
-    graph = program.kind(program.layers[int(layer)]) if layer else program.exit
+    graph = program.kind(program.all_layers[int(layer)]) if layer else program.exit
     for phase in graph.phases:
         for part in parts(phase) if phase.anchor_kind == "experts" else ():
             if packed_name(part) == name and isinstance(part[0], ExpertLinear):
@@ -124,7 +136,7 @@ def manifest(
     more: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything a loader needs besides file hashes."""
-    groups = cache_groups(program.kinds, program.layers)
+    groups = cache_groups(program)
     logits = program.logits
     vocab = logits.tensor.width
     one = next(iter(schedules.values()))[BUCKETS[0]]
@@ -137,7 +149,7 @@ def manifest(
         "vocab": vocab,
         "state": [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "offset": f.offset} for f in fields],
         "state_bytes": state_bytes(fields),
-        "caches": [cache_entry(g, limits) for g in groups],
+        "caches": [cache_entry(g, limits, len(program.layers)) for g in groups],
         "workspace_bytes": max(s.workspace_bytes for b in schedules.values() for s in b.values()),
         "logits": {"offset": one.buffer("exit", logits.name).offset, "stride": padded(vocab)},
         "bytes": step_bytes(program, weights),

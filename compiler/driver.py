@@ -13,6 +13,7 @@ from ..ir.limits import Limits
 from ..ir.schedule import Schedule
 from ..ir.text import show
 from ..models.checkpoint import Checkpoint
+from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
 from ..passes import GRAPH_PASSES, Options
@@ -41,6 +42,7 @@ class Request:
     workers: the thread counts of a processor to make task tables for; a GPU has one worker per SM.
     fit_context: shorten `limits.context` to what the model was trained for instead of refusing more.
     pack: False leaves the weights out; the artifact can be inspected, not loaded.
+    draft: a checkpoint whose model guesses `limits.drafts` tokens a step, where `limits.drafter` is `model`.
     target_files: TOML files, or folders of them, with machines of the user's own.
     """
 
@@ -54,6 +56,7 @@ class Request:
     start_from: Path | None = None
     fit_context: bool = False
     pack: bool = True
+    draft: Path | None = None
     target_files: Sequence[Path] = ()
 
 
@@ -85,8 +88,11 @@ def compile_model(request: Request, dump: Dump | None = None, progress: Progress
     """Compile; returns the artifact's path, or None when `dump.stop_after` ended it early."""
     start = time.perf_counter()
     request_targets(request)  # a wrong name is told before the checkpoint is read
-    checkpoint = open_checkpoint(request.model, request.ignore_config, shapes_only=not request.pack)
-    return compile_imported(import_checkpoint(checkpoint), request, dump, progress, start)
+    return compile_imported(_import(request.model, request), request, dump, progress, start)
+
+
+def _import(model: Path, request: Request) -> Imported:
+    return import_checkpoint(open_checkpoint(model, request.ignore_config, shapes_only=not request.pack))
 
 
 def compile_imported(
@@ -100,7 +106,10 @@ def compile_imported(
     dump, checkpoint = dump or Dump(), imported.checkpoint
     start = time.perf_counter() if start is None else start
     targets = request_targets(request)
-    limits = _fit_context(request, checkpoint)
+    draft = None if request.draft is None else _import(request.draft, request)
+    limits = _fit_context(request, checkpoint, draft)
+    if draft is not None:
+        imported = with_drafter(imported, draft, limits.drafts)
     threads = thread_counts(request, targets)
     progress("import", time.perf_counter() - start, f"{checkpoint.family}, {len(checkpoint.tensors)} tensors")
     dump.keep("import", show(imported.program))
@@ -114,15 +123,15 @@ def compile_imported(
     return emission.write(lowered, request.output, request.pack)
 
 
-def _fit_context(request: Request, checkpoint: Checkpoint) -> Limits:
-    """No more positions than the model was trained for."""
-    trained, limits = checkpoint.hyper["context"], request.limits
+def _fit_context(request: Request, checkpoint: Checkpoint, draft: Imported | None) -> Limits:
+    """No more positions than the model, and the one that drafts, were trained for."""
+    limits, trained = request.limits, [(checkpoint.hyper["context"], "the model's own")]
+    if draft is not None:
+        trained.append((draft.checkpoint.hyper["context"], "the draft model's"))
+    most, whose = min(trained)
     if request.fit_context:
-        return replace(limits, context=min(limits.context, trained))
-    expect(
-        limits.context <= trained,
-        f"--context: expected at most {trained}, the model's own, got {limits.context}",
-    )
+        return replace(limits, context=min(limits.context, most))
+    expect(limits.context <= most, f"--context: expected at most {most}, {whose}, got {limits.context}")
     return limits
 
 

@@ -126,7 +126,7 @@ class _Source:
             if test and (called := re.search(r"(\w+)\(", lines[number])):
                 self.branches[number + 1] = called[1], tuple(test[1].split(", "))
         ends = {i for i, line in enumerate(lines, 1) if line.rstrip().endswith(CODES)}
-        simple = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
+        simple = [n for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.Return)]
         spans = [range(n.lineno, (n.end_lineno or n.lineno) + 1) for n in simple]
         self.marked = {line for span in spans if ends & set(span) for line in span}
 

@@ -137,10 +137,10 @@ def read_dump(path: Path) -> tuple[Program | Schedule, str]:
 
 def check_edited(program: Program, original: Program) -> None:
     """An edited dump may change anything but what the checkpoint decides: layers and weight shapes."""
-    if len(program.layers) != len(original.layers):
-        raise CompileError(
-            f"--start-from: expected {len(original.layers)} layers as in the checkpoint, got {len(program.layers)}"
-        )
+    counts = [[len(model.layers) for model in of.models] for of in (original, program)]
+    if counts[0] != counts[1]:
+        wanted, got = (" and ".join(map(str, count)) for count in counts)
+        raise CompileError(f"--start-from: expected {wanted} layers as in the checkpoint, got {got}")
     for graph, layer in program.sections():
         known = {w.name: w.tensor.shape for w in _section(original, layer, graph.name).weights}
         for weight in graph.weights:
@@ -153,5 +153,5 @@ def check_edited(program: Program, original: Program) -> None:
 
 def _section(program: Program, layer: int, name: str):  # type: ignore[no-untyped-def]
     if layer >= 0:
-        return program.kind(program.layers[layer])
-    return program.entry if name == program.entry.name else program.exit
+        return program.kind(program.all_layers[layer])
+    return next(g for g in program.graphs if g.name == name)

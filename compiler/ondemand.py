@@ -84,26 +84,46 @@ def open_model(
             place=name,
             hint=f"`onelaunch compile {name} --target sm_90` makes one, for sm_90 or what the device is",
         )
-    limits = _limits(context, speculate)
-    cached = compiled(path, progress, limits, context is None, threads)
+    limits, draft = _limits(context, speculate), draft_model(speculate)
+    if draft is not None:
+        how["speculate"] = f"draft:{limits.drafts}"
+    cached = compiled(path, progress, limits, context is None, threads, draft)
     try:
         return _load(cached, all_slots, how)
     except LoadError:
         # What a crash or a full disk left is ours to repair: the model is still there.
         shutil.rmtree(cached, ignore_errors=True)
-        return _load(compiled(path, progress, limits, context is None, threads), all_slots, how)
+        return _load(compiled(path, progress, limits, context is None, threads, draft), all_slots, how)
 
 
 def _limits(context: int | None, speculate: str) -> Limits:
     """With as many drafts as are asked for, or the usual ones."""
     from ..runtime.speculate import parse_speculate
 
-    drafts = max(parse_speculate(speculate)[1] or 0, DRAFTS)
-    outputs = decode_rows(Limits.slots, Limits.few_rows, drafts)
+    wish = parse_speculate(speculate)
+    drafts = wish.most or DRAFTS if wish.model else max(wish.most or 0, DRAFTS)
+    outputs = max(Limits.outputs, decode_rows(Limits.slots, Limits.few_rows, drafts))
+    drafting: dict[str, Any] = {"drafts": drafts, "drafter": wish.drafter}
     try:
-        return Limits(context=context or Limits.context, drafts=drafts, outputs=max(Limits.outputs, outputs))
+        return Limits(context=context or Limits.context, outputs=outputs, **drafting)
     except CompileError as error:
         raise UsageError(error.reasons, hint=error.hint) from error
+
+
+def draft_model(speculate: str) -> Path | None:
+    """The checkpoint of the model that is to draft; None: no model is."""
+    from ..runtime.speculate import HOW, parse_speculate
+
+    wish = parse_speculate(speculate)
+    if wish.word != "draft":
+        return None
+    if not wish.model:
+        raise UsageError(f"speculate: expected {HOW['model']}, the model that drafts, got `{speculate}`")
+    path = find_model(wish.model)
+    if is_artifact(path):
+        hint = "give the checkpoint that it was compiled from"
+        raise UsageError("speculate: expected a checkpoint to draft, got an artifact", place=str(path), hint=hint)
+    return path
 
 
 def _load(path: Path, all_slots: bool, how: dict[str, Any]) -> Model:
@@ -113,7 +133,14 @@ def _load(path: Path, all_slots: bool, how: dict[str, Any]) -> Model:
     return load(path, kv_tokens=None if all_slots else max(64, context), **how)
 
 
-def compiled(model: Path, progress: Progress, limits: Limits, fit: bool, threads: int | None = None) -> Path:
+def compiled(
+    model: Path,
+    progress: Progress,
+    limits: Limits,
+    fit: bool,
+    threads: int | None = None,
+    draft: Path | None = None,
+) -> Path:
     """The cached artifact of a model, compiled if it is not there; `fit`: no more context than it was trained for."""
     from filelock import FileLock
 
@@ -123,6 +150,7 @@ def compiled(model: Path, progress: Progress, limits: Limits, fit: bool, threads
         "onelaunch": __version__,
         "compiler": compiler_digest(),
         "model": model_digest(model, folder),
+        "draft": model_digest(draft, folder) if draft else "",
         "target": host_level().name,
         "limits": limits.as_dict(),
         "fit_context": fit,
@@ -135,16 +163,25 @@ def compiled(model: Path, progress: Progress, limits: Limits, fit: bool, threads
         return output
     with FileLock(folder / f"{key}.lock"):
         if not (output / "manifest.json").is_file():
-            _compile(model, output, limits, fit, threads, progress)
+            _compile(model, output, limits, fit, threads, draft, progress)
             output.with_name(output.name + ".key.json").write_text(json.dumps(factors, indent=1) + "\n")
     return output
 
 
-def _compile(model: Path, output: Path, limits: Limits, fit: bool, threads: int | None, progress: Progress) -> None:
+def _compile(
+    model: Path,
+    output: Path,
+    limits: Limits,
+    fit: bool,
+    threads: int | None,
+    draft: Path | None,
+    progress: Progress,
+) -> None:
     from .driver import DEFAULT_WORKERS, Request, compile_model
 
     workers = (*DEFAULT_WORKERS, os.cpu_count() or 1, threads) if threads else ()
-    compile_model(Request(model, output, limits=limits, workers=workers, fit_context=fit), progress=progress)
+    request = Request(model, output, limits=limits, workers=workers, fit_context=fit, draft=draft)
+    compile_model(request, progress=progress)
 
 
 def compiler_digest() -> str:

@@ -23,7 +23,7 @@ from ..ir.graph import Graph, Program
 from ..ir.limits import PAGE_RUN, PAGE_TOKENS, PARTIAL_HEADER, partial_floats
 from ..ir.op import Op
 from ..ir.ops import Append, Attend, MatrixOp
-from ..ir.phases import Phase
+from ..ir.phases import STATE_WRITERS, Phase
 from ..ir.reference import KvCache, RowBatch
 from ..ir.schedule import BUCKETS, Schedule, panel_kind
 from ..ir.table import END, FIELDS, cache_groups, lower
@@ -134,8 +134,10 @@ class Stepper:
 
     def pieces(self) -> Iterator[Piece]:
         """The records of the table phase by phase, as `ir/table.py` lists them."""
-        record = 0
-        for graph, layer in self.schedule.program.sections():
+        record, program = 0, self.schedule.program
+        for graph, layer in program.sections():
+            if program.model_of(graph) is not program:
+                return  # a draft model decides no text, and its rows are not those of the step
             tasks = [task.phase for task in self.schedule.section(graph.name).queues[0]]
             for phase in graph.phases:
                 yield graph, layer, phase, record, record + tasks.count(phase.name)
@@ -162,7 +164,7 @@ class Stepper:
     def keys_values(self, kind: CacheType, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """What the cache holds of the rows, both [rows, kv_heads, head_dim]; tiles as codegen's kv_cache.h has them."""
         program, memory = self.schedule.program, self.memory
-        groups = cache_groups(program.kinds, program.layers)
+        groups = cache_groups(program)
         g = next(i for i, group in enumerate(groups) if layer in group.layers)
         dtype, per = (ml_dtypes.bfloat16, 2) if self.schedule.limits.kv_dtype == "bf16" else (np.float32, 1)
         pages = self.backend.state.pages[g, 0, : -(-len(self.tokens) // PAGE_TOKENS)]
@@ -212,7 +214,7 @@ class _Comparison:
                 values = self._begin(graph, layer, carried, values)
                 before = (graph.name, layer)
             self.stepper.run(first, last)
-            if phase.anchor_kind in ("sample", "commit"):
+            if phase.anchor_kind in ("sample", *STATE_WRITERS):
                 continue
             found += self._compare(graph, layer, phase, values)
             if graph.name == self.schedule.program.entry.name:

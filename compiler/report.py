@@ -8,6 +8,7 @@ from typing import Any
 
 from ..ir.formats import FORMATS
 from ..ir.graph import Graph, Program
+from ..ir.limits import PAGE_TOKENS
 from ..ir.op import Op
 from ..ir.ops import Attend, ExpertLinear, MatrixOp
 from ..ir.phases import Phase
@@ -40,9 +41,10 @@ def overview(artifact: Artifact, gbps: float) -> Row:
         "weights_bytes": sum(w["bytes"] for w in weights),
         "weights_by_format": dict(by_format),
         "bits_per_weight": 8 * sum(w["bytes"] for w in matrices) / count if count else 0.0,
-        "kv_bytes_per_token": sum(g.token_bytes() for g in m.caches),
+        "kv_bytes_per_token": sum(g.page_bytes / PAGE_TOKENS for g in m.caches),
         "workspace_bytes": m.workspace_bytes,
         "bytes_per_step": step,
+        "bytes_per_guess": float(m.traffic.get("weights_per_guess", 0)),
         "read_gbps": gbps,
         "floor_ms": step / gbps * 1e-6,
         "ir": sorted(name.partition("/")[2] for name in m.files if name.startswith("ir/")),
@@ -57,11 +59,14 @@ def summary_lines(found: Row) -> list[str]:
     """`overview` for people."""
     formats = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found["weights_by_format"].items())
     floor = f"{found['floor_ms']:.2f} ms, {1e3 / found['floor_ms']:.0f} tokens/s" if found["floor_ms"] else "none"
+    drafts = found["limits"]["drafts"]
+    guess = f"{found['bytes_per_guess'] / 1e6:.1f} MB for each token guessed, up to {drafts} a step"
     return [
         f"weights    {found['weights_bytes'] / 1e6:.1f} MB, {found['bits_per_weight']:.2f} bits per weight ({formats})",
         f"kv cache   {found['kv_bytes_per_token'] / 1024:.1f} KiB per token, {found['limits']['kv_dtype']}",
         f"workspace  {found['workspace_bytes'] / 2**20:.1f} MiB",
         f"floor      {found['bytes_per_step'] / 1e6:.1f} MB per token: {floor} at {found['read_gbps']:.1f} GB/s read",
+        *([f"drafts     {guess}"] if found["bytes_per_guess"] else []),
     ]
 
 
@@ -117,16 +122,18 @@ def _packing_note(source: str, packed: str, bits: float, rank: int) -> str:
 
 
 def phases(artifact: Artifact, gbps: float, depth: int) -> list[Row]:
-    """One row per phase and kind of layer: weight and cache bytes, operations of one row, time at `gbps`."""
+    """One row per phase and kind of layer: weight and cache bytes, operations of one row, time at `gbps`.
+
+    A draft model's phases count as often as it may run in a step.
+    """
     program = fused_program(artifact)
     sizes = {w["name"]: w["bytes"] for w in artifact.manifest.raw.get("weights", [])}
     kv_bytes = 2 if artifact.manifest.limits.kv_dtype == "bf16" else 4
     found = []
     for graph in program.graphs:
-        times = len(program.kind_layers(graph.name)) or 1
-        layers = program.kind_layers(graph.name) or (-1,)
+        times, layers = program.runs(graph), program.kind_layers(graph.name) or (-1,)
         for phase in graph.phases:
-            weights = sum(_phase_weights(phase, sizes, layer) for layer in layers)
+            weights = sum(_phase_weights(phase, sizes, layer) for layer in layers) * times // len(layers)
             cache = times * _cache_bytes(phase, depth, kv_bytes)
             found.append(
                 {
@@ -190,7 +197,7 @@ def queue(schedule: Schedule, worker: int) -> list[Row]:
     """What one worker of a schedule does in each section, in order."""
     found = []
     for section in schedule.sections:
-        layers = len(schedule.program.kind_layers(section.name)) or 1
+        layers = schedule.program.runs(schedule.graph(section.name))
         for task in section.queues[worker % schedule.workers]:
             found.append({"section": section.name, "layers": layers, "task": show_task(task)})
     return found

@@ -83,7 +83,7 @@ def model(schedule: Schedule, machine: Machine, costs: Mapping[str, Cost] | None
     `costs` by body title, as measured in a compiled kernel; the others are taken from INSTRUCTIONS_PER_WEIGHT.
     """
     costs = costs or {}
-    layers = {s.name: len(schedule.program.kind_layers(s.name)) or 1 for s in schedule.sections}
+    layers = {s.name: schedule.program.runs(schedule.graph(s.name)) for s in schedule.sections}
     phases: list[PhaseTime] = []
     asked, ahead, joined = Asked(schedule, machine.ahead_bytes), Ahead(schedule.workers), False
     for section in schedule.sections:

@@ -11,7 +11,7 @@ from ..ir.formats import FORMATS
 from ..ir.graph import Graph
 from ..ir.limits import SPLIT_TOKENS, partial_floats
 from ..ir.ops import Attend, Embed, ExpertLinear
-from ..ir.phases import Phase
+from ..ir.phases import STATE_WRITERS, Phase
 from ..ir.schedule import (
     Section,
     Task,
@@ -28,7 +28,7 @@ from .kernel_report import KernelReport
 INSTRUCTIONS_PER_WEIGHT = {4: 3.2, 8: 2.5}  # where no kernel was measured: what ours must not exceed, by bits
 INSTRUCTIONS_PER_VALUE = 12  # of an activation or a cached key or value, all kinds of bodies
 # Record, operands, store; of experts the gates and the routes as well, and of each tile its expert and its rows.
-ROUND_TRIPS = {"pack": 2, "linear": 2, "experts": 4, "attend": 4, "rows": 3, "sample": 6, "commit": 3}
+ROUND_TRIPS = {"pack": 2, "linear": 2, "experts": 4, "attend": 4, "rows": 3, "sample": 6, "commit": 3, "guess": 6}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[
         found = _rows(graph, phase, kind, depth)
     else:
         found = Work()
-    idle = not (found.memory or found.near or kind == "commit")  # the record is read, and nothing is to do
+    idle = not (found.memory or found.near or kind in STATE_WRITERS)  # the record is read, and nothing is to do
     return replace(found, body=task.body, trips=1 if idle else ROUND_TRIPS[kind] + found.trips)
 
 
@@ -169,7 +169,7 @@ def _rows(graph: Graph, phase: Phase, kind: str, depth: int) -> Work:
     if kind == "pack" and not phase.prologue:
         source = phase.anchor[0].operands[0]
         values += source.tensor.width * panel_rows(source) * _partials(graph, source.name, depth)
-    if kind == "sample":
+    if kind in ("sample", "guess"):
         values /= 32  # greedy: maxima of tiles, not logits
     return Work(memory=memory, near=4 * values, instructions=values * INSTRUCTIONS_PER_VALUE)
 

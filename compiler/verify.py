@@ -29,6 +29,7 @@ from ..ir.formats import FORMATS, decode
 from ..ir.graph import Program
 from ..ir.reference import ReferenceModel, RowBatch
 from ..ir.text import show
+from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
 from ..runtime import Artifact, Model, load
@@ -113,12 +114,24 @@ class ReferenceWeights(Mapping[str, torch.Tensor]):
 
 
 def verify_artifact(
-    path: Path, model: Path, prompt: str, tokens: int, threads: int | None, phases: bool, progress: Progress
+    path: Path,
+    model: Path,
+    prompt: str,
+    tokens: int,
+    threads: int | None,
+    phases: bool,
+    progress: Progress,
+    draft: Path | None = None,
 ) -> Verdict:
     """Run every check. LoadError if the two are not the same model at all."""
     artifact = Artifact.open(path)
     imported = import_checkpoint(open_checkpoint(model))
     program = fused_program(artifact)
+    if (draft is None) != (program.drafter is None):
+        wanted, got = ("none", str(draft)) if program.drafter is None else ("the model that drafts in it", "none")
+        raise UsageError(f"--draft: expected {wanted}, got {got}", place=str(path))
+    if draft is not None:
+        imported = with_drafter(imported, import_checkpoint(open_checkpoint(draft)), program.passes)
     if ir_text(artifact, "import")[1] != show(imported.program):
         raise LoadError(
             f"verify: expected the model `{artifact.manifest.name}` was compiled from, got another one",

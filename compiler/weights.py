@@ -58,7 +58,7 @@ class PackedWeight:
 def packed_weights(program: Program) -> list[PackedWeight]:
     """Every packed weight in the order a step reads them."""
     found: dict[str, PackedWeight] = {}
-    embedded = {op.table.name for op in program.entry.ops if isinstance(op, Embed)}
+    embedded = {op.table.name for model in program.models for op in model.entry.ops if isinstance(op, Embed)}
     for graph, layer in program.sections():
         for weight in _graph_weights(graph, f"{layer}." if layer >= 0 else ""):
             if weight.key in found:

@@ -8,7 +8,7 @@ An access names a value, the part of it that is touched, and whether it is writt
     all              everything
 
 Besides a graph's own values there are panels, `VALUE.max` (the largest of each 32 logits), `kv.k` and `kv.v` (the
-layer's cache) and `state`: the rows and slots, which every task reads and commit overwrites. Which
+layer's cache) and `state`: the rows and slots, which every task reads and commit and guess overwrite. Which
 experts a layer's rows have is noted in the step state by one task per layer, for the host alone: no access.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from .graph import Graph
 from .op import Op
 from .ops import Append, Combine, ExpertLinear, Select
-from .phases import Phase
+from .phases import STATE_WRITERS, Phase
 from .schedule import Task, panel_kind, panel_rows, part_name, part_weight, parts, phase_of
 from .types import CacheType, TensorType, Value
 
@@ -59,7 +59,7 @@ def panel_value(phase: str, kind: str) -> str:
 def accesses(graph: Graph, task: Task) -> tuple[Access, ...]:
     """Reads and writes of one task; weights are constant and left out."""
     phase = phase_of(graph, task.phase)
-    return (*_values(graph, phase, task), Access("state", ALL, phase.anchor_kind == "commit"))
+    return (*_values(graph, phase, task), Access("state", ALL, phase.anchor_kind in STATE_WRITERS))
 
 
 def _values(graph: Graph, phase: Phase, task: Task) -> tuple[Access, ...]:
@@ -70,6 +70,9 @@ def _values(graph: Graph, phase: Phase, task: Task) -> tuple[Access, ...]:
         return _matrix(graph, phase, part, task)
     if phase.anchor_kind == "sample":
         return _sample(phase, task)
+    if phase.anchor_kind == "guess":
+        logits = phase.anchor[0].operands[0].name
+        return Access(logits, ALL, False), Access(f"{logits}.max", ALL, False)
     kind = {"attend": "tiles", "commit": "all"}.get(phase.anchor_kind, "rows")
     region = Region(kind, task.first, task.step) if kind != "all" else ALL
     return _whole_rows(phase, region)
@@ -113,7 +116,7 @@ def _matrix(graph: Graph, phase: Phase, part: tuple[Op, ...], task: Task) -> tup
             found.append(Access(f"kv.{_half(phase, part, op)}", columns, True))
         elif op.out.name in stored(graph, phase):
             found.append(Access(op.out.name, columns, True))
-            if any(user.name == "sample" for user in graph.users(op.out)):
+            if graph.is_logits(op.out):
                 found.append(Access(f"{op.out.name}.max", Region("columns", task.first, task.last), True))
     return tuple(found)
 

@@ -122,13 +122,10 @@ class BodyArgs:
             return self._matrix(graph, phase, part_of(phase, body))
         if phase.anchor_kind == "attend":
             return self._attend(phase)
-        if phase.anchor_kind == "sample":
+        if phase.anchor_kind in ("sample", "guess"):
             logits = phase.anchor[0].operands[0].name
-            return {
-                "logits": Arg("value", logits),
-                "maxima": Arg("value", f"{logits}.max"),
-                "scratch": Arg("value", SCRATCH),
-            }
+            found = {"logits": Arg("value", logits), "maxima": Arg("value", f"{logits}.max")}
+            return found | ({"scratch": Arg("value", SCRATCH)} if phase.anchor_kind == "sample" else {})
         if phase.anchor_kind == "commit":
             return {}
         return _operands(phase.ops) | _outputs(graph, phase, phase.ops)
@@ -171,7 +168,7 @@ class BodyArgs:
                 found["group"] = Arg("number", number=self.group(op.kv))
         found |= _outputs(graph, phase, (*part, *ops))
         for op in (*part, *ops):
-            if any(u.name == "sample" for u in graph.users(op.out)):
+            if graph.is_logits(op.out):
                 found["maxima"] = Arg("value", f"{op.out.name}.max")
         return found
 

@@ -15,6 +15,18 @@ This is speculative sampling (Leviathan et al., 2023; Chen et al., 2023) with no
 - x is more than distributed as in plain decoding, it is the same token: the sampler is a function of the logits, the
   tokens seen, the seed, the stream and the position, and a row's logits do not depend on the other rows of its step.
 
+Who guesses is settled when a step is compiled: the text so far (`look_up`), or a second model in the same step.
+A model's guesses are greedy: its likeliest token after each. So q is 1 at g for it as well, all of the above holds
+whatever model guesses, accepting iff x = g is the best coupling there is, and no distribution of the model is kept.
+What that costs: a guess drawn from the model's q would hold with probability 1 - TV(p, q), the sum of min(p, q);
+its likeliest token holds with p(g). Greedy text loses nothing; at high temperature, p flat and q like it, a draw
+would hold more often. A repetition penalty is not applied to guesses, so with one they hold less often too.
+
+A step with a draft model is the model's own and then k passes of the other over rows that commit and each pass write
+(`vm/guess.py`). The first takes, of each slot of the step, the tokens that the draft model has not followed yet, prompt
+tokens included, so its cache has what the other's has; the guess after the last of them is the first draft. Each later
+pass takes one row, the draft before. What holds in the next step is then followed already, but for the last draft.
+
 So stop tokens, limits and not-a-number logits end a slot exactly where plain decoding would, whatever is guessed.
 One exception is made for damaged numbers: where a guess itself has no finite logits, its slot ends as one whose own
 logits are not, since not-a-number in the cache poisons sums even where it is masked.

@@ -46,6 +46,10 @@ class Graph:
     def users(self, value: Value) -> tuple[Op, ...]:
         return tuple(op for op in self.ops if value.name in {v.name for v in op.operands})
 
+    def is_logits(self, value: Value) -> bool:
+        """Whether tokens are chosen from a value; `VALUE.max` then holds the largest of each 32 of it."""
+        return any(op.name in ("sample", "guess") and op.operands[0] == value for op in self.ops)
+
     def rewrite(self, rule: Rule) -> Graph:
         """Apply `rule` to every op until nothing changes; the new op keeps the old one's source place."""
         graph = self
@@ -113,6 +117,9 @@ class Program:
     first result of the entry feeds layer 0. Every other parameter is bound by name to an entry result, to
     `rows`/`slots`, to the layer's own cache, or to a weight (`w.NAME`: the layer's own in a kind, the
     model's in entry and exit, where equal names are the same tensor).
+
+    A `drafter` is a second model, run `passes` times behind the exit: its exit guesses tokens (`ir/drafting.py`). Its
+    layers are numbered on from these, and its graphs, carried values and own weights have names of their own.
     """
 
     name: str
@@ -120,18 +127,39 @@ class Program:
     kinds: tuple[Graph, ...]
     layers: tuple[str, ...]
     exit: Graph
+    drafter: Program | None = None
+    passes: int = 0
+
+    @property
+    def models(self) -> tuple[Program, ...]:
+        """This one and its drafter."""
+        return (self, *self.drafter.models) if self.drafter else (self,)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
-        return (self.entry, *self.kinds, self.exit)
+        return tuple(g for m in self.models for g in (m.entry, *m.kinds, m.exit))
+
+    @property
+    def all_layers(self) -> tuple[str, ...]:
+        """The kind of every layer by its number, a drafter's included."""
+        return tuple(name for m in self.models for name in m.layers)
 
     def kind(self, name: str) -> Graph:
-        return next(k for k in self.kinds if k.name == name)
+        return next(k for m in self.models for k in m.kinds if k.name == name)
+
+    def model_of(self, graph: Graph) -> Program:
+        """The model a graph is of."""
+        return next(m for m in self.models if graph.name in {g.name for g in (m.entry, *m.kinds, m.exit)})
+
+    def runs(self, graph: Graph) -> int:
+        """How often a graph runs in a step."""
+        times = self.passes if self.model_of(graph) is self.drafter else 1
+        return times * (len(self.kind_layers(graph.name)) or 1)
 
     @property
     def logits(self) -> Value:
-        """What the exit samples from: [L, vocab]."""
-        return next(op.operands[0] for op in self.exit.ops if op.name == "sample")
+        """What the exit chooses tokens from: [L, vocab]."""
+        return next(op.operands[0] for op in self.exit.ops if op.name in ("sample", "guess"))
 
     @property
     def routing(self) -> tuple[int, int]:
@@ -140,14 +168,24 @@ class Program:
         expect(len(found) < 2, f"expected one number of experts per row in all layers, got {sorted(found)}")
         return (len(self.layers), found.pop()) if found else (0, 0)
 
+    @property
+    def running(self) -> str:
+        """The name of the running activation as the entry gives it."""
+        return self.entry.results[0].name
+
     def kind_layers(self, name: str) -> tuple[int, ...]:
         """Indices of the layers of one kind, in order."""
-        return tuple(i for i, kind in enumerate(self.layers) if kind == name)
+        return tuple(i for i, kind in enumerate(self.all_layers) if kind == name)
 
     def sections(self) -> Iterator[tuple[Graph, int]]:
         """The step in order: (graph, layer index); entry and exit have layer -1."""
+        yield from self._own_sections(0)
+        for _ in range(self.passes if self.drafter else 0):
+            yield from self.drafter._own_sections(len(self.layers))  # type: ignore[union-attr]
+
+    def _own_sections(self, first: int) -> Iterator[tuple[Graph, int]]:
         yield self.entry, -1
-        for i, name in enumerate(self.layers):
+        for i, name in enumerate(self.layers, first):
             yield self.kind(name), i
         yield self.exit, -1
 
@@ -158,13 +196,16 @@ class Program:
             entry=change(self.entry),
             kinds=tuple(change(k) for k in self.kinds),
             exit=change(self.exit),
+            drafter=self.drafter.map(change) if self.drafter else None,
         )
 
     def verify(self) -> Program:
         for graph in self.graphs:
             graph.verify()
+        every = [g.name for g in self.graphs]
+        expect(len(set(every)) == len(every), f"expected distinct graphs, got {every}")
+        expect((self.drafter is None) == (self.passes == 0), "expected passes of a drafter, and of nothing else")
         names = [k.name for k in self.kinds]
-        expect(len(set(names)) == len(names), f"expected distinct kinds, got {names}")
         for name in self.layers:
             expect(name in names, f"layer kind `{name}` is not defined")
         for name in names:
@@ -172,7 +213,19 @@ class Program:
         given = {v.name: v for v in self.entry.results}
         for graph in (*self.kinds, self.exit):
             _verify_binding(graph, given, self.entry.results[0])
+        if self.drafter:
+            _verify_drafter(self, self.drafter.verify())
         return self
+
+
+def _verify_drafter(program: Program, drafter: Program) -> None:
+    carried = {v.name for v in program.entry.results} & {v.name for v in drafter.entry.results}
+    expect(not carried, f"expected other names for what a drafter's entry gives, got {', '.join(sorted(carried))}")
+    expect(drafter.drafter is None, "expected a drafter without one of its own")
+    sizes = program.logits.tensor.width, drafter.logits.tensor.width
+    expect(sizes[0] == sizes[1], f"expected a drafter of {sizes[0]} tokens, got {sizes[1]}")
+    ends = [op.name for op in drafter.exit.ops if op.name in ("sample", "commit", "guess")]
+    expect(ends == ["guess"], f"expected a drafter whose exit guesses, got {', '.join(ends) or 'none'}")
 
 
 def _verify_binding(graph: Graph, given: dict[str, Value], first: Value) -> None:

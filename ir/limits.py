@@ -17,6 +17,7 @@ PAGE_RUN = 4  # pages whose tiles of one head lie together: a stream that jumps 
 SPLIT_TOKENS = 256  # tokens per attention split; fixed, so the order of sums depends on the position alone
 PARTIAL_HEADER = 16  # floats before an attention partial's outputs: maximum, sum, padding to a cache line
 STOP_TOKENS = 16  # stop tokens per slot
+DRAFTERS = ("ngram", "model")  # who guesses: the text so far, or a second model in the same step
 DRAFTS = 4  # what to compile where nobody says: more rows cost more than they bring (tests/bench/speculate.py)
 ALIGN = 128  # bytes; the unit of every offset in the task table
 
@@ -27,7 +28,7 @@ class Limits:
 
     Up to `few_rows` rows a step repeats prologues in every worker and splits attention over the context;
     above it, prologues and attention are shared out by rows. `drafts`: how many tokens a step may guess and check
-    behind a slot's last one (`ir/drafting.py`), 0: none.
+    behind a slot's last one (`ir/drafting.py`), 0: none; `drafter`: who guesses them.
     """
 
     rows: int = 256
@@ -37,6 +38,7 @@ class Limits:
     few_rows: int = 8
     kv_dtype: str = "bf16"
     drafts: int = 0
+    drafter: str = "ngram"
 
     def __post_init__(self) -> None:
         for name in ("rows", "slots", "context", "outputs", "few_rows"):
@@ -44,6 +46,7 @@ class Limits:
             expect(value >= 1, f"limits: expected {name} >= 1, got {value}")
         expect(self.few_rows <= 64, f"limits: expected few_rows <= 64, got {self.few_rows}")
         expect(self.kv_dtype in ("bf16", "f32"), f"limits: expected kv_dtype bf16 or f32, got {self.kv_dtype}")
+        expect(self.drafter in DRAFTERS, f"limits: expected drafter {' or '.join(DRAFTERS)}, got {self.drafter}")
         expect(
             self.outputs >= self.slots,
             f"limits: expected outputs >= slots ({self.slots}), got {self.outputs}",
@@ -60,6 +63,15 @@ class Limits:
                 f"limits: expected {name} >= {self.decode_rows}, got {getattr(self, name)}",
                 hint=f"so many rows want logits in a step of {self.slots} slots with {self.drafts} drafts",
             )
+
+    @property
+    def has_draft_model(self) -> bool:
+        return self.drafts > 0 and self.drafter == "model"
+
+    def rows_beside(self, rows: int) -> int:
+        """Rows that a step of so many may have without leaving its bucket."""
+        few = min(self.few_rows, self.rows)
+        return few if rows <= few else self.rows
 
     def drafts_beside(self, running: int) -> int:
         """Drafts a slot may have in a step of `running` slots: all their rows stay among the few."""
@@ -185,6 +197,7 @@ def state_fields(
 def _draft_fields(limits: Limits) -> list[tuple[str, str, tuple[int, ...]]]:
     """What a step that drafts holds besides. A slot's drafted rows follow the row of its last token."""
     slots = (limits.slots,)
+    before, behind = _model_draft_fields(limits) if limits.has_draft_model else ([], [])
     return [
         ("row_draft", "int32", (limits.rows,)),  # 0, or the row holds this many-th draft of its slot, from 1
         ("slot_drafts_most", "int32", slots),  # drafts the slot may have, 0: it decodes plainly
@@ -192,7 +205,25 @@ def _draft_fields(limits: Limits) -> list[tuple[str, str, tuple[int, ...]]]:
         ("slot_steps", "int32", slots),  # steps that committed tokens since the slot started
         ("slot_drafted", "int32", (*slots, limits.drafts)),  # how often it had an n-th draft
         ("slot_accepted", "int32", (*slots, limits.drafts)),  # how often the n-th was accepted
+        *before,
         ("slot_history", "int32", (*slots, limits.context)),  # prompt and committed tokens, by position
+        *behind,
+    ]
+
+
+def _model_draft_fields(limits: Limits) -> tuple[list[tuple[str, str, tuple[int, ...]]], ...]:
+    """What lasts where a model drafts, and what it needs within a step: `end_*` of the slots that go on, in order,
+    the first `n_ends`."""
+    slots = (limits.slots,)
+    return [
+        ("slot_followed", "int32", slots),  # the first so many tokens of the slot are in the draft model's cache
+    ], [
+        ("draft_pass", "int32", (1,)),  # passes of the draft model that are done in this step
+        ("n_ends", "int32", (1,)),
+        ("end_slot", "int32", slots),
+        ("end_position", "int32", slots),  # of the last token
+        ("end_drafts", "int32", slots),  # guesses it is to have
+        ("end_token", "int32", (*slots, 1 + limits.drafts)),  # the last token and the guesses
     ]
 
 

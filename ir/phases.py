@@ -13,7 +13,8 @@ from .errors import expect
 from .op import Op
 from .types import CacheType, Value
 
-ANCHORS = ("rows", "linear", "experts", "attend", "sample", "commit")
+ANCHORS = ("rows", "linear", "experts", "attend", "sample", "commit", "guess")
+STATE_WRITERS = ("commit", "guess")  # anchors that one worker runs, once: they write the rows of what comes next
 MATRIX = ("linear", "experts")  # anchors that multiply packed weights with an activation panel
 LAYOUTS = ("plain", "heads", "pairs")
 

@@ -100,7 +100,7 @@ def _extra(schedule: Schedule, phase: Phase) -> dict[str, Need]:
         rows = _rows(schedule, x) * panel_rows(x)
         kinds = panel_kinds(phase)
         found |= {panel_value(phase.name, k): Need(panel_row_bytes(k, x.tensor.width), rows, None) for k in kinds}
-    if phase.anchor_kind == "sample":
+    if phase.anchor_kind in ("sample", "guess"):
         logits = phase.anchor[0].operands[0]
         found[f"{logits.name}.max"] = Need(padded(logits.tensor.width) // 32 * 4, schedule.limits.outputs)
     return found
@@ -111,7 +111,7 @@ def check_buffers(schedule: Schedule) -> list[str]:
     reasons, home = [], _homes(schedule)
     names = {g.name for g in schedule.program.graphs}
     wanted = {g.name: needs(schedule, g) for g in schedule.program.graphs}
-    carried = {v.name for v in schedule.program.entry.results}
+    carried = {v.name for m in schedule.program.models for v in m.entry.results}
     for key, buffers in home.items():
         section, _, value = key.partition("/")
         known = value in carried if not section else section in names and value in wanted[section]
@@ -160,8 +160,9 @@ def _carried(schedule: Schedule, home: Mapping[str, list[Buffer]]) -> list[str]:
     order = [g.name for g, _ in program.sections()]
     for before, after in dict.fromkeys(pairwise(order)):
         params = [p for p in graphs[after].params if isinstance(p.type, TensorType) and not p.is_weight]
+        entry = program.model_of(graphs[after]).entry.name
         for i, p in enumerate(params):
-            source = (before, graphs[before].results[0].name) if i == 0 else (program.entry.name, p.name)
+            source = (before, graphs[before].results[0].name) if i == 0 else (entry, p.name)
             here, there = schedule.buffer(after, p.name), schedule.buffer(*source)
             if _home(here) != _home(there):
                 where = f"at {_home(here)}, but `{source[0]}` leaves it at {_home(there)}"
@@ -235,10 +236,7 @@ def check_lifetimes(schedule: Schedule, graph: Graph, touched: Touches) -> list[
     reasons: list[str] = []
     tensors = [v.name for v in graph.params if isinstance(v.type, TensorType) and not v.is_weight]
     alive = {name: memory.place(name) for name in (*tensors, "kv.k", "kv.v", "state")}
-    entry = schedule.program.entry
-    if graph.name != entry.name:  # what only other sections read must last too
-        before = Memory(schedule, entry, 0)
-        alive |= {f"/{v.name}": before.place(v.name) for v in entry.results[1:]}
+    alive |= {name: Memory(schedule, owner, 0).place(name[1:]) for name, owner in _lasting(schedule, graph)}
     gone: dict[str, str] = {}
     for phase in graph.phases:
         for pack in (True, False):
@@ -269,11 +267,20 @@ def _why(gone: Mapping[str, str], value: str) -> str:
 
 def _left(schedule: Schedule, graph: Graph) -> list[str]:
     """What must be in place when a section ends: its results, what later sections read, the host's logits."""
-    entry, last = schedule.program.entry, schedule.program.exit
     left = [r.name for r in graph.results if isinstance(r.type, TensorType)]
-    if graph.name == last.name:
-        return left + [op.operands[0].name for op in last.ops if op.name == "sample"]
-    return left + ([] if graph.name == entry.name else [f"/{v.name}" for v in entry.results[1:]])
+    program = schedule.program
+    if graph.name == program.exit.name:
+        return [*left, program.logits.name]
+    last = program.model_of(graph).exit.name
+    return left + [name for name, owner in _lasting(schedule, graph) if graph.name != last or owner == program.exit]
+
+
+def _lasting(schedule: Schedule, graph: Graph) -> list[tuple[str, Graph]]:
+    """What is no value of a section but must outlast it, and whose it is: what only other sections of its model
+    read, and, where a model drafts, the logits that the host reads."""
+    program, model = schedule.program, schedule.program.model_of(graph)
+    found = [] if graph == model.entry else [(f"/{v.name}", model.entry) for v in model.entry.results[1:]]
+    return found if model is program else [*found, (f"/{program.logits.name}", program.exit)]
 
 
 def _at(schedule: Schedule, graph: Graph, touched: Touches, phase: Phase, pack: bool) -> tuple[set[str], set[str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import expect
-from .graph import Graph
+from .graph import Graph, Program
 from .limits import ALIGN
 from .record import ARGS, END, FIELDS, MAX_WAITS, RECORD_WORDS
 from .schedule import PREVIOUS, Schedule, Section, Task
@@ -67,11 +67,11 @@ class CacheGroup:
     layers: tuple[int, ...]
 
 
-def cache_groups(graphs: tuple[Graph, ...], layers: tuple[str, ...]) -> tuple[CacheGroup, ...]:
+def cache_groups(program: Program) -> tuple[CacheGroup, ...]:
     """The distinct cache shapes of a program and the layers of each, in order."""
-    kinds = {g.name: g.cache.type for g in graphs if g.cache is not None}
+    kinds = {g.name: g.cache.type for g in program.graphs if g.cache is not None}
     found: dict[CacheType, list[int]] = {}
-    for i, name in enumerate(layers):
+    for i, name in enumerate(program.all_layers):
         cache = kinds[name]
         assert isinstance(cache, CacheType)
         found.setdefault(cache, []).append(i)
@@ -143,7 +143,7 @@ def _records(
     asked: Asked,
     chunk_blocks: ChunkBlocks | None,
 ) -> Iterator[list[int]]:
-    groups = cache_groups(schedule.program.kinds, schedule.program.layers)
+    groups = cache_groups(schedule.program)
     place = {layer: i for g in groups for i, layer in enumerate(g.layers)}
     steps = [(schedule.section(g.name), g, layer) for g, layer in schedule.program.sections()]
     base, before, taken = 0, -1, 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +33,8 @@ def show(x: Program | Graph) -> str:
     runs = [f"{name}*{len(list(group))}" for name, group in groupby(x.layers)]
     parts = [_show_graph(g, "  ") for g in (x.entry, *x.kinds)]
     parts += [f"  layers {' '.join(runs)}\n", _show_graph(x.exit, "  ")]
-    return f"program {x.name} {{\n" + "\n".join(parts) + "}\n"
+    text = f"program {x.name} {{\n" + "\n".join(parts) + "}\n"
+    return text + (f"\ndrafter passes {x.passes}\n{show(x.drafter)}" if x.drafter else "")
 
 
 def _show_graph(graph: Graph, pad: str) -> str:
@@ -136,7 +138,7 @@ class _Reader:
             raise error.at(self.span(token)) from None
 
     def program(self, tree: Any) -> Program:
-        name, *items = tree.children
+        name, *items = (child for child in tree.children if child is not None)
         graphs = [self.graph(t) for t in items if t.data == "graph"]
         layers = next(t for t in items if t.data == "layers")
         sequence: list[str] = []
@@ -144,7 +146,11 @@ class _Reader:
             kind, count = run.children
             sequence += [str(kind)] * int(count or 1)
         entry, *kinds, last = graphs
-        return Program(str(name), entry, tuple(kinds), tuple(sequence), last)
+        made = Program(str(name), entry, tuple(kinds), tuple(sequence), last)
+        drafter = next((t for t in items if t.data == "drafter"), None)
+        if drafter is None:
+            return made
+        return replace(made, drafter=self.program(drafter.children[1]), passes=int(drafter.children[0]))
 
     def graph(self, tree: Any) -> Graph:
         name = tree.children[0]

@@ -31,7 +31,7 @@ from .certificate import Certificate, text_hash
 from .errors import VerifyError
 from .graph import Graph
 from .ordering import check_boundary, check_order, classes, run_window
-from .phases import Phase
+from .phases import STATE_WRITERS, Phase
 from .placement import check_buffers, check_lifetimes, touches
 from .schedule import (
     BUCKETS,
@@ -94,9 +94,8 @@ def validate_buckets(schedules: Mapping[str, Schedule]) -> dict[str, Certificate
 
 
 def _logits(schedule: Schedule) -> int:
-    last = schedule.program.exit
-    name = next(op.operands[0].name for op in last.ops if op.name == "sample")
-    return schedule.buffer(last.name, name).offset
+    program = schedule.program
+    return schedule.buffer(program.exit.name, program.logits.name).offset
 
 
 def _refuse(schedule: Schedule, reasons: list[str]) -> None:
@@ -177,7 +176,7 @@ def _coverage(schedule: Schedule, section: Section) -> Iterator[str]:
                 wrong = _rows(_copied(schedule, graph, stored(graph, phase)), tasks)
             elif phase.reads_matrix and not phase.is_drain:
                 wrong = _ranges([t for q in tasks for t in q], part_units(phase, part_of(phase, body)))
-            elif phase.anchor_kind == "commit":
+            elif phase.anchor_kind in STATE_WRITERS:
                 wrong = _ranges([t for q in tasks for t in q], 1)
             else:
                 wrong = _drains(tasks)

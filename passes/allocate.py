@@ -45,14 +45,12 @@ class _Plan:
         self.schedule, self.limits = schedule, schedule.limits
         self.buffers: list[Buffer] = []
         self.top = 0
-        self.running = schedule.program.entry.results[0].name
         self.kept, self.copied = self._repeated()
-        last = schedule.program.exit
-        for op in last.ops:
-            if isinstance(op.out.type, TensorType) and op.out.tensor.dtype == "f32" and _is_logits(last, op.out):
-                self._carry(f"exit/{op.out.name}", op.out)
-                self._fixed(f"exit/{op.out.name}.max", padded(op.out.tensor.width) // 32 * 4, self.limits.outputs)
-        for value in schedule.program.entry.results:
+        for model in schedule.program.models:
+            name, logits = f"{model.exit.name}/{model.logits.name}", model.logits
+            self._carry(name, logits)
+            self._fixed(f"{name}.max", padded(logits.tensor.width) // 32 * 4, self.limits.outputs)
+        for value in (value for model in schedule.program.models for value in model.entry.results):
             self._carry(f"/{value.name}", value)
         for graph in schedule.program.graphs:
             for life in self._lives(graph):
@@ -67,10 +65,13 @@ class _Plan:
             section = self.schedule.section(graph.name)
             for phase in graph.phases:
                 if section.repeats(phase):
-                    reads, writes = places(graph, phase, self.running)
+                    reads, writes = places(graph, phase, self._running(graph))
                     found[0].update(reads | writes)
                     found[1].update(writes)
         return found
+
+    def _running(self, graph: Graph) -> str:
+        return self.schedule.program.model_of(graph).running
 
     def _carry(self, name: str, value: Value) -> None:
         rows = self.limits.outputs if value.tensor.shape[0] == OUTPUTS else self.schedule.rows
@@ -107,7 +108,7 @@ class _Plan:
 
     def _lives(self, graph: Graph) -> list[_Life]:
         index = {op.out.name: i for i, p in enumerate(graph.phases) for op in p.ops}
-        roots = storage(graph, self.running)
+        roots = storage(graph, self._running(graph))
         lives: dict[str, _Life] = {}
         for i, phase in enumerate(graph.phases):
             for value in memory_values(graph, phase):
@@ -116,7 +117,7 @@ class _Plan:
                     life = lives.setdefault(root, _Life(root, set(), 0, 0, False, []))
                     life.names.append(value.name)
                     continue
-                if _is_logits(graph, value):
+                if graph.is_logits(value):
                     continue
                 life = lives.setdefault(root, _Life(root, set(), *self._size(graph, value), False, []))
                 life.phases |= {i, *(index[o.out.name] for o in graph.users(value))}
@@ -174,10 +175,6 @@ def places(graph: Graph, phase: Phase, running: str) -> tuple[set[str], set[str]
 
     reads = {place(v) for v in phase.reads if isinstance(v.type, TensorType) and not v.is_weight}
     return reads, {place(v) for v in memory_values(graph, phase)}
-
-
-def _is_logits(graph: Graph, value: Value) -> bool:
-    return any(op.name == "sample" and op.operands[0] == value for op in graph.ops)
 
 
 def storage(graph: Graph, running: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ..ir.ops import (
     Commit,
     ElementwiseOp,
     ExpertLinear,
+    Guess,
     HeadNorm,
     Linear,
     MatrixOp,
@@ -27,7 +28,7 @@ from ..ir.ops import (
 from ..ir.phases import MATRIX, Phase
 from ..ir.types import Value
 
-ALONE: dict[type[Op], str] = {Attend: "attend", Sample: "sample", Commit: "commit"}
+ALONE: dict[type[Op], str] = {Attend: "attend", Sample: "sample", Commit: "commit", Guess: "guess"}
 
 
 def fuse(graph: Graph) -> Graph:

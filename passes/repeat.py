@@ -27,8 +27,7 @@ def repeated(program: Program) -> set[Key]:
     Gemma adds to its running activation in `rows` phases alone; where epilogues of matrices add to it, none is
     repeated.
     """
-    running = program.entry.results[0].name
-    touched = {(g.name, p.name): places(g, p, running) for g in program.graphs for p in g.phases}
+    touched = {(g.name, p.name): places(g, p, program.model_of(g).running) for g in program.graphs for p in g.phases}
     writers = Counter(place for _, writes in touched.values() for place in writes)
     found = {
         (g.name, p.name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..ir.errors import expect
 from ..ir.graph import Graph, Program
 from ..ir.limits import Limits
-from ..ir.phases import Phase
+from ..ir.phases import STATE_WRITERS, Phase
 from ..ir.schedule import (
     LIVE,
     Schedule,
@@ -29,19 +30,24 @@ def schedule(program: Program, limits: Limits, bucket: str, workers: int) -> Sch
     In the `few` bucket each worker that has tiles packs the activations for itself, and every worker does the work
     on rows that `repeat.repeated` names: both cheaper than a join.
     """
+    passes = limits.drafts if limits.has_draft_model else 0
+    expect(program.passes == passes, f"expected a draft model of {passes} passes, got one of {program.passes}")
     own = repeated(program) if bucket == "few" else set()
-    sections = tuple(_section(g, bucket, workers, {p for name, p in own if name == g.name}) for g in program.graphs)
-    return Schedule(program, limits, bucket, workers, sections)
+    sections = [
+        _section(g, bucket, workers, {p for name, p in own if name == g.name}, g is program.entry)
+        for g in program.graphs
+    ]
+    return Schedule(program, limits, bucket, workers, tuple(sections))
 
 
-def _section(graph: Graph, bucket: str, workers: int, own: set[str]) -> Section:
+def _section(graph: Graph, bucket: str, workers: int, own: set[str], first: bool) -> Section:
     queues: list[list[Task]] = [[] for _ in range(workers)]
     events: list[tuple[str, int]] = []
     for phase in graph.phases:
         if phase.reads_matrix:
             events += _matrix(phase, queues, bucket)
-        elif phase.anchor_kind == "commit":
-            queues[0].append(Task(phase.name, "commit", 0, 1, 1, (), phase.name))
+        elif phase.anchor_kind in STATE_WRITERS:
+            queues[0].append(Task(phase.name, phase.anchor_kind, 0, 1, 1, (), phase.name))
             events.append((phase.name, 1))
         elif phase.name in own:
             for queue in queues:
@@ -50,6 +56,9 @@ def _section(graph: Graph, bucket: str, workers: int, own: set[str]) -> Section:
             for w, queue in enumerate(queues):
                 queue.append(Task(phase.name, phase.anchor_kind, w, LIVE, workers, (), phase.name))
             events.append((phase.name, workers))
+    if not events and not first:  # all is done by every worker for itself, but what follows must know that it is
+        events.append((f"{graph.name}.end", workers))
+        queues = [[*queue[:-1], dataclasses.replace(queue[-1], signal=events[0][0])] for queue in queues]
     end = events[-1][0] if events else ""
     return Section(graph.name, tuple(events), end, tuple(map(tuple, queues)))
 

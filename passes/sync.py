@@ -66,7 +66,7 @@ def _needs(schedule: Schedule, section: Section) -> dict[str, list[str]]:
     A value that takes another's place conflicts with who reads that one.
     """
     graph, events = schedule.graph(section.name), dict(section.events)
-    roots = storage(graph, schedule.program.entry.results[0].name)
+    roots = storage(graph, schedule.program.model_of(graph).running)
     touched: dict[str, list[Access]] = {g: [] for p in graph.phases for g in (f"{p.name}.packed", p.name)}
     for queue in section.queues:
         for task in dict.fromkeys(queue):

@@ -20,10 +20,14 @@ from .state import State
 RETURNED = (
     "n_rows", "n_outputs", "fault", "row_token", "row_slot", "row_position", "row_output", "output_row",
     "output_token", "slot_finished", "slot_count", "row_draft", "slot_drafts_most", "slot_drafts", "slot_steps",
-    "slot_drafted", "slot_accepted",
+    "slot_drafted", "slot_accepted", "slot_followed",
 )  # fmt: skip
-# Large fields with a way of their own. Never part of another copy: the host's may be behind the device's.
-APART = ("slot_seen", "slot_tokens", "slot_history", "routing")
+# Large fields with a way of their own, and what only a step needs, while a model drafts. Never part of another copy:
+# the host's may be behind the device's.
+APART = (
+    "slot_seen", "slot_tokens", "slot_history", "routing",
+    "draft_pass", "n_ends", "end_slot", "end_position", "end_drafts", "end_token",
+)  # fmt: skip
 WORD = 8  # bytes; offsets of fields are multiples of it
 NEAR = 256  # bytes; two changes this close are one copy: its start costs more than its bytes
 

@@ -24,7 +24,8 @@ SHAPE: dict[str, type] = {
 
 @dataclass(frozen=True)
 class CacheGroup:
-    """Layers that share one page pool. `ring_pages`: pages of a slot at full length; window 0: none."""
+    """Layers that share one page pool, `draft_layers` of them a draft model's. `ring_pages`: pages of a slot at full
+    length; window 0: none."""
 
     kv_heads: int
     head_dim: int
@@ -32,10 +33,11 @@ class CacheGroup:
     layers: int
     ring_pages: int
     tile_bytes: int
+    draft_layers: int = 0
 
     def token_bytes(self) -> float:
-        """Bytes of K and V of one token, over all layers of the group."""
-        return self.layers * self.kv_heads * self.tile_bytes / 64
+        """Bytes of K and V of one token, over the layers that a step without guesses reads."""
+        return (self.layers - self.draft_layers) * self.kv_heads * self.tile_bytes / 64
 
     @property
     def page_bytes(self) -> int:
@@ -187,7 +189,7 @@ def _consistency(m: Manifest) -> list[str]:
         if group.ring_pages != m.limits.ring_pages(group.window):
             expected = m.limits.ring_pages(group.window)
             reasons.append(f"cache {g}: expected `ring_pages` {expected}, got {group.ring_pages}")
-        if min(group.kv_heads, group.layers, group.tile_bytes) < 1 or group.tile_bytes % 64:
+        if min(group.kv_heads, group.layers, group.tile_bytes) < 1 or group.tile_bytes % 64 or group.draft_layers < 0:
             reasons.append(f"cache {g}: expected positive sizes and tiles of a multiple of 64 bytes")
     if m.logits_stride < m.vocab:
         reasons.append(f"logits: expected `stride` >= vocab {m.vocab}, got {m.logits_stride}")

@@ -173,7 +173,7 @@ class RowScheduler:
         state.slot_seed[slot] = sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
         state.slot_stream[slot] = sampling.stream & 0xFFFF_FFFF
         if self._limits.drafts:
-            state.start_drafts(slot, request.prompt, request.drafts)
+            state.start_drafts(slot, request.prompt, request.drafts, request.reused)
         request.started = time.perf_counter()
         request.slot = slot  # last: from here on the slot's state is this request's
 

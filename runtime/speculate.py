@@ -9,7 +9,9 @@ from ..ir.errors import UsageError, nearest
 from ..ir.limits import Limits
 from .request import Request
 
-WORDS = ("auto", "off", "ngram")
+WORDS = ("auto", "off", "ngram", "draft")
+FORMS = "off, auto, ngram or ngram:K, draft or draft:PATH:K"
+HOW = {"ngram": "ngram:4", "model": "draft:PATH:4"}
 
 
 @dataclass(frozen=True)
@@ -46,31 +48,57 @@ class Speculation:
         return f"speculation: {self.tokens_per_step:.2f} tokens per step; accepted by position {shares}"
 
 
-def parse_speculate(text: str) -> tuple[str, int | None]:
-    """`off`, `auto`, `ngram` or `ngram:K` as a word and K; UsageError for anything else."""
-    word, colon, number = text.partition(":")
-    if word not in WORDS or (colon and word != "ngram"):
-        raise UsageError(
-            f"speculate: expected off, auto, ngram or ngram:K, got `{text}`", hint=nearest(word, WORDS)
-        )
-    if colon and not re.fullmatch(r"[1-9]\d{0,2}", number):
-        raise UsageError(f"speculate: expected ngram:K with K from 1, got `{text}`")
-    return word, int(number) if colon else None
+@dataclass(frozen=True)
+class Wish:
+    """How speculation is asked for. most: drafts of a step, None: as many as there may be; model: who drafts."""
+
+    word: str
+    most: int | None = None
+    model: str = ""
+
+    @property
+    def drafter(self) -> str:
+        """As `Limits.drafter` names it."""
+        return "model" if self.word == "draft" else "ngram"
+
+
+def parse_speculate(text: str) -> Wish:
+    """`off`, `auto`, `ngram`, `ngram:K`, or `draft`, `draft:K` and, to compile, `draft:PATH` and `draft:PATH:K`.
+
+    UsageError for anything else.
+    """
+    word, colon, rest = text.partition(":")
+    if word not in WORDS or (colon and word in ("auto", "off")):
+        raise UsageError(f"speculate: expected {FORMS}, got `{text}`", hint=nearest(word, WORDS))
+    path, _, last = rest.rpartition(":")
+    if re.fullmatch(r"[1-9]\d{0,2}", last) and (word == "draft" or not path):
+        return Wish(word, int(last), path)
+    if not colon:
+        return Wish(word)
+    if word == "ngram" or not rest or re.fullmatch(r"\d*", last):
+        raise UsageError(f"speculate: expected {word}:{'PATH:' * (word == 'draft')}K with K from 1, got `{text}`")
+    return Wish(word, None, rest)
 
 
 def drafts_of(text: str, limits: Limits) -> int:
-    """Drafts a step may have; `auto` and `ngram`: as many as were compiled in. UsageError if there are fewer."""
-    word, wanted = parse_speculate(text)
-    if word == "off" or (word == "auto" and not limits.drafts):
+    """Drafts a step may have; `auto` and a word alone: as many as were compiled in. UsageError if there are fewer."""
+    wish = parse_speculate(text)
+    if wish.word == "off" or (wish.word == "auto" and not limits.drafts):
         return 0
     if not limits.drafts:
         raise UsageError(
             f"speculate: expected an artifact compiled with drafts, got one without for `{text}`",
-            hint="compile it with `--speculate ngram:4`",
+            hint=f"compile it with `--speculate {HOW[wish.drafter]}`",
         )
-    if wanted and wanted > limits.drafts:
+    word = "draft" if limits.has_draft_model else "ngram"
+    if wish.word not in ("auto", word) or wish.model:
         raise UsageError(
-            f"speculate: expected at most ngram:{limits.drafts}, what was compiled, got `{text}`",
-            hint=f"compile it with `--speculate {text}`",
+            f"speculate: expected {word} or {word}:K, what was compiled, got `{text}`",
+            hint=f"compile it with `--speculate {text if wish.model else HOW[wish.drafter]}`",
         )
-    return wanted or limits.drafts
+    if wish.most and wish.most > limits.drafts:
+        raise UsageError(
+            f"speculate: expected at most {word}:{limits.drafts}, what was compiled, got `{text}`",
+            hint=f"compile it with `--speculate {text.replace('draft:', 'draft:PATH:')}`",
+        )
+    return wish.most or limits.drafts

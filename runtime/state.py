@@ -50,23 +50,30 @@ class State:
     slot_drafted: Int32  # [slots, drafts]
     slot_accepted: Int32  # [slots, drafts]
     slot_history: Int32  # [slots, context]
+    slot_followed: Int32  # [slots]; of a step with a draft model alone
     routing: Int32  # [layers, rows, experts of a row], of a mixture of experts alone
 
-    _has_drafts = False
+    _has_drafts = _has_draft_model = False
 
     def __init__(self, buffer: NDArray[np.uint8], fields: Iterable[Field]) -> None:
         for field in fields:
             raw = buffer[field.offset : field.offset + field.nbytes]
             setattr(self, field.name, raw.view(field.dtype).reshape(field.shape))
             self._has_drafts |= field.name == "row_draft"
+            self._has_draft_model |= field.name == "slot_followed"
 
     def clear_drafts(self, rows: slice) -> None:
         """None of these rows is a draft."""
         if self._has_drafts:
             self.row_draft[rows] = 0
 
-    def start_drafts(self, slot: int, prompt: Sequence[int], most: int) -> None:
-        """A slot begins that may have `most` drafts a step; its prompt is what they are looked up in first."""
+    def start_drafts(self, slot: int, prompt: Sequence[int], most: int, reused: int = 0) -> None:
+        """A slot begins that may have `most` drafts a step; its prompt is what they are looked up in first.
+
+        reused: tokens of it whose keys and values are in the cache, a draft model's among them.
+        """
+        if self._has_draft_model:
+            self.slot_followed[slot] = reused
         self.slot_drafts_most[slot] = self.slot_drafts[slot] = most
         self.slot_steps[slot] = self.slot_drafted[slot] = self.slot_accepted[slot] = 0
         if most:

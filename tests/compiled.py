@@ -31,12 +31,14 @@ class ArtifactCache:
         quant: str = "",
         workers: tuple[int, ...] = (2,),
         limits: dict[str, Any] | None = None,
+        draft: Path | None = None,
     ) -> Path:
         limits = limits or {}
-        key = (checkpoint, target, quant, workers, *sorted(limits.items()))
+        key = (checkpoint, target, quant, workers, draft, *sorted(limits.items()))
         if key not in self._made:
             output = self._folder / f"artifact{len(self._made)}"
-            driver.compile_model(driver.Request(checkpoint, output, target, Limits(**limits), workers, quant))
+            made = Limits(**limits)
+            driver.compile_model(driver.Request(checkpoint, output, target, made, workers, quant, draft=draft))
             self._made[key] = output
         return self._made[key]
 

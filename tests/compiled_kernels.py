@@ -18,6 +18,7 @@ from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.formats import FORMATS, Format
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.schedule import BUCKETS
+from onelaunch.models.drafter import with_drafter
 from onelaunch.models.importer import import_checkpoint
 from onelaunch.models.open import open_checkpoint
 from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
@@ -137,18 +138,20 @@ def checkpoint(family: str) -> Path:
     return path
 
 
-def limits(family: str, drafts: int = 0) -> Limits:
-    room = {"outputs": 2 * LIMITS["outputs"], "drafts": drafts} if drafts else {}
+def limits(family: str, drafts: int = 0, drafter: str = "ngram") -> Limits:
+    room = {"outputs": 2 * LIMITS["outputs"], "drafts": drafts, "drafter": drafter} if drafts else {}
     few = Limits.few_rows if drafts or family in MORE_ROWS else 4
     return Limits(**{**LIMITS, **room}, few_rows=few, kv_dtype=FAMILIES[family][3])
 
 
 class CompiledStep:
-    """One model's kernels for one architecture, with all they are made from."""
+    """One model's kernels for one architecture, with all they are made from; `draft`: the family that drafts in it."""
 
-    def __init__(self, family: str, arch: int, drafts: int = 0) -> None:
+    def __init__(self, family: str, arch: int, drafts: int = 0, draft: str = "") -> None:
         imported = import_checkpoint(open_checkpoint(checkpoint(family)))
-        self.limits, self.arch = limits(family, drafts), arch
+        if draft:
+            imported = with_drafter(imported, import_checkpoint(open_checkpoint(checkpoint(draft))), drafts)
+        self.limits, self.arch = limits(family, drafts, "model" if draft else "ngram"), arch
         program = imported.program
         for _, change in GRAPH_PASSES:
             program = program.map(lambda g, c=change: c(g, Options(FAMILIES[family][1]))).verify()

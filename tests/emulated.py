@@ -52,7 +52,7 @@ class EmulatedStep:
         chunks = self.source.chunk_blocks.get
         self.tables = {b: lower(s, self.source.bodies[b], self.plan, None, chunks) for b, s in self.schedules.items()}
         self.stream = streams(self.schedules[STREAMED], self.plan, chunks)
-        groups = cache_groups(step.program.kinds, step.program.layers)
+        groups = cache_groups(step.program)
         fields = state_fields(self.limits, step.program.logits.tensor.width, len(groups), step.program.routing)
         self.raw = np.zeros(state_bytes(fields), np.uint8)
         self.state = {f.name: self.raw[f.offset : f.offset + f.nbytes].view(f.dtype).reshape(f.shape) for f in fields}

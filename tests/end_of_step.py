@@ -19,7 +19,7 @@ Rows = Sequence[tuple[int, int, int, int]]  # token, slot, position, draft
 
 
 class EndOfStep:
-    """A loaded artifact of one worker whose task tables are cut to their last two records."""
+    """A loaded artifact of one worker, its task tables cut to sample, commit and, of a draft model, its guesses."""
 
     def __init__(self, artifact: Path) -> None:
         self.model = load(artifact, threads=1)
@@ -27,18 +27,23 @@ class EndOfStep:
         self.limits: Limits = self.model.limits
         self.vocab, self._stride = self.model.vocab, self.model.manifest.logits_stride
         memory = self.model._backend._memory
+        guesses = self.limits.drafts if self.limits.has_draft_model else 0
         for table in memory.tables[:, 0]:
             live = int(np.flatnonzero(table[:, WORD["body"]] == END)[0])
-            kept = table[live - 2 : live].copy()
+            ends = np.flatnonzero(table[:live, WORD["body"]] == table[live - 1, WORD["body"]])  # of passes, if any
+            commit = live - 1 - guesses * (ends[-1] - ends[-2] if guesses else 0)
+            kept = table[[commit - 1, commit, *[live - 1] * guesses]]
             for word in ("wait0", "wait1", "signal", "prefetch"):
                 kept[:, WORD[word]] = -1
-            table[:2], table[2, WORD["body"]] = kept, END
-            maxima = int(kept[0, ARGS + 1]) * ALIGN
-        n, floats = self.limits.outputs, memory.workspace.view(np.float32)
-        start = self.model.manifest.logits_offset // 4
-        self._logits = floats[start : start + n * self._stride].reshape(n, -1)[:, : self.vocab]
-        tiles = -(-self._stride // 32)
-        self._maxima = floats[maxima // 4 : maxima // 4 + n * tiles].reshape(n, tiles)
+            table[: len(kept)], table[len(kept), WORD["body"]] = kept, END
+        self._own, self._drafts = (self._places(memory.workspace, kept[i]) for i in (0, -1))
+
+    def _places(self, workspace: np.ndarray, record: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The logits that a record chooses from, [outputs, vocab], and their maxima."""
+        n, tiles, floats = self.limits.outputs, -(-self._stride // 32), workspace.view(np.float32)
+        logits, maxima = (int(word) * ALIGN // 4 for word in record[ARGS : ARGS + 2])
+        found = floats[logits : logits + n * self._stride].reshape(n, -1)[:, : self.vocab]
+        return found, floats[maxima : maxima + n * tiles].reshape(n, tiles)
 
     def start(self, slot: int, sampling: Sampling, limit: int, stop: Sequence[int], drafts: int) -> None:
         s = self.state
@@ -61,15 +66,20 @@ class EndOfStep:
         s.output_row[:m] = outputs
         s.n_rows[0], s.n_outputs[0] = n, m
 
-    def run(self, logits: np.ndarray) -> list[int]:
-        """Sample from logits [outputs, vocab] and commit; what was chosen at each."""
-        n = len(logits)
-        self._logits[:n] = logits
-        padded = np.full((n, self._maxima.shape[1] * 32), -np.inf, np.float32)
-        padded[:, : self.vocab] = logits
-        self._maxima[:n] = padded.reshape(n, -1, 32).max(-1)  # not-a-number stays one
+    def run(self, logits: np.ndarray, of_drafts: np.ndarray | None = None) -> list[int]:
+        """Sample from logits [outputs, vocab] and commit; what was chosen at each. A draft model has others."""
+        self._put(self._own, logits)
+        if of_drafts is not None:
+            self._put(self._drafts, of_drafts)
         self.model._backend.step()
-        return self.state.output_token[:n].tolist()
+        return self.state.output_token[: len(logits)].tolist()
+
+    def _put(self, places: tuple[np.ndarray, np.ndarray], logits: np.ndarray) -> None:
+        n, tiles = len(logits), places[1].shape[1]
+        padded = np.full((n, tiles * 32), -np.inf, np.float32)
+        padded[:, : self.vocab] = logits
+        places[0][:n] = logits
+        places[1][:n] = padded.reshape(n, -1, 32).max(-1)  # not-a-number stays one
 
     def fields(self) -> dict[str, Any]:
         return {name: value.copy() for name, value in vars(self.state).items() if isinstance(value, np.ndarray)}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from interpreter_step import InterpretedStep, set_rows
 
-from onelaunch.ir.graph import Graph
+from onelaunch.ir.graph import Graph, Program
 from onelaunch.ir.limits import PAGE_RUN, PAGE_TOKENS, PARTIAL_HEADER, Limits, partial_floats
 from onelaunch.ir.ops import Append, Attend
 from onelaunch.ir.phases import Phase
@@ -66,10 +66,10 @@ class Lockstep:
         for control in self.step.control.values():
             control[:] = 0
 
-    def put_logits(self, logits: np.ndarray) -> None:
-        """Give both the logits [outputs, vocab] of the step, and the VM the maxima that it checks them by."""
-        last = self.machine.program.exit
-        value = self.machine.program.logits
+    def put_logits(self, logits: np.ndarray, model: Program | None = None) -> None:
+        """Give both the logits [outputs, vocab] of the step, or of a model in it, and the VM the maxima of them."""
+        model = model or self.machine.program
+        last, value = model.exit, model.logits
         start, tiles = self._offset(last, value.name), padded(value.tensor.width) // 32
         n, width = logits.shape
         maxima = self.machine.space.rows(self._offset(last, f"{value.name}.max"), n, tiles, tiles)

@@ -146,7 +146,7 @@ class InterpretedStep:
         chunks = self.source.chunk_blocks.get
         self.tables = {b: lower(s, self.source.bodies[b], plan, None, chunks) for b, s in self.schedules.items()}
         self.stream = streams(self.schedules[STREAMED], plan, self.source.chunk_blocks.get)
-        self.groups = cache_groups(program.kinds, program.layers)
+        self.groups = cache_groups(program)
         self.state = State(state_fields(limits, program.logits.tensor.width, len(self.groups), program.routing))
         self.workspace = np.zeros(max(s.workspace_bytes for s in self.schedules.values()) // 4, np.float32)
         self.control = {b: np.zeros(self.source.control_words, np.int32) for b in BUCKETS}

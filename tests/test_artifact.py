@@ -128,7 +128,7 @@ def test_a_cut_file_a_missing_file_and_a_stranger_are_named(root: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema": 1}, "expected `schema` 2, got 1"),
+        ({"schema": 1}, "expected `schema` 3, got 1"),
         ({"vocab": 300}, r"expected `stride` >= vocab 300, got 272"),
         ({"vocab": "300"}, "expected `vocab` to be int, got str"),
         ({"vocab": 261}, None),

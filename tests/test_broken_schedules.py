@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from drafted import drafted, likeness
 from mutations import MUTATIONS
 from tiny import LIMITS, Tiny, tiny
 
@@ -23,8 +24,13 @@ from onelaunch.ir.schedule_text import show_schedule
 from onelaunch.ir.validate import validate
 from onelaunch.ir.vm import Outcome, VirtualMachine, commit
 
-DRAFTING = "llama with drafts"
-BASES = (*product(("llama", "gemma3", "qwen2_moe"), BUCKETS, (1, 2, 3)), (DRAFTING, "few", 2))
+DRAFTING, MODEL = "llama with drafts", "llama with a draft model"
+BASES = (
+    *product(("llama", "gemma3", "qwen2_moe"), BUCKETS, (1, 2, 3)),
+    (DRAFTING, "few", 2),
+    *((f"{family} with a draft model", bucket, 2) for family in ("llama", "gemma3") for bucket in BUCKETS),
+)
+PROMPTS = ([3, 5], [9])
 PER_BASE = 9  # mutants of each kind
 ALWAYS_WRONG = ("dropped_signal", "wrong_target", "dropped_task", "doubled_task", "wrong_range", "wrong_drain")
 INTERLEAVINGS = (("random", 1), ("burst", 3), ("highest", 0))
@@ -32,13 +38,15 @@ INTERLEAVINGS = (("random", 1), ("burst", 3), ("highest", 0))
 
 @cache
 def model(family: str) -> Tiny:
-    return tiny(family.split()[0], layer_kinds=("local", "global"))
+    made = tiny(family.split()[0], layer_kinds=("local", "global"))
+    return drafted(made, likeness(made), 2) if family.endswith("model") else made
 
 
 @cache
 def base(family: str, bucket: str, workers: int) -> Schedule:
-    drafts = replace(LIMITS, outputs=6, drafts=2) if family == DRAFTING else LIMITS
-    return model(family).schedule(bucket, workers, drafts)
+    drafter = {"drafts": 2, "drafter": "model" if family.endswith("model") else "ngram"}
+    limits = replace(LIMITS, outputs=6, **drafter) if " with " in family else LIMITS
+    return model(family).schedule(bucket, workers, limits)
 
 
 def run_steps(made: Schedule, tiny_model: Tiny, order: str, seed: int) -> list[Outcome]:
@@ -46,15 +54,15 @@ def run_steps(made: Schedule, tiny_model: Tiny, order: str, seed: int) -> list[O
     machine = VirtualMachine({made.bucket: made}, tiny_model.weights)
     for slot in (0, 1):
         how = Slot(Sampling(temperature=0.7 * slot, seed=5), limit=64, seen=frozenset((3, 5, 9)))
-        machine.start(slot, how, drafts=made.limits.drafts)
+        machine.start(slot, how, PROMPTS[slot], made.limits.drafts)
     machine.set_rows([(3, 0, 0), (5, 0, 1), (9, 1, 0)], [1, 2])
     with mock.patch.object(commit, "look_up", lambda history, count: [3] * count):
         return [machine.step(order, seed + i) for i in range(3)]
 
 
-def test_steps_of_the_base_with_drafts_have_some():
-    first, *later = expected(DRAFTING, "few", 2)
-    assert [len(step.tokens) for step in (first, *later)] == [2, 4, 4]
+@pytest.mark.parametrize(("family", "outputs"), [(DRAFTING, [2, 4, 4]), (MODEL, [2, 3, 4])])
+def test_steps_of_the_base_with_drafts_have_some(family, outputs):
+    assert [len(step.tokens) for step in expected(family, "few", 2)] == outputs
 
 
 @cache

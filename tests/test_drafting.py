@@ -14,7 +14,7 @@ from onelaunch.ir import drafting
 from onelaunch.ir.drafting import LONGEST, MATCH_BITS, SHORTEST, adapted, look_up
 from onelaunch.ir.errors import CompileError, UsageError
 from onelaunch.ir.limits import Limits
-from onelaunch.runtime.speculate import drafts_of, parse_speculate
+from onelaunch.runtime.speculate import FORMS, Wish, drafts_of, parse_speculate
 from onelaunch.tests.native import LEVEL_FLAGS, TEMPLATES, TESTS, host_levels
 from onelaunch.tests.test_sample import pointer
 
@@ -101,6 +101,7 @@ def test_all_rows_of_a_step_stay_among_the_few():
     ("changes", "message"),
     [
         ({"drafts": 8}, "limits: expected drafts 0 to 7, got 8"),
+        ({"drafter": "gram"}, "limits: expected drafter ngram or model, got gram"),
         ({"drafts": -1}, "limits: expected drafts 0 to 7, got -1"),
         ({"drafts": 4}, "limits: expected outputs >= 10, got 8"),
         ({"drafts": 4, "rows": 9, "outputs": 12}, "limits: expected rows >= 10, got 9"),
@@ -115,9 +116,12 @@ def test_limits_without_room_for_drafts_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ngrm:4", "speculate: expected off, auto, ngram or ngram:K, got `ngrm:4`"),
-        ("auto:4", "speculate: expected off, auto, ngram or ngram:K, got `auto:4`"),
-        ("", "speculate: expected off, auto, ngram or ngram:K, got ``"),
+        ("ngrm:4", f"speculate: expected {FORMS}, got `ngrm:4`"),
+        ("auto:4", f"speculate: expected {FORMS}, got `auto:4`"),
+        ("", f"speculate: expected {FORMS}, got ``"),
+        ("draft:", "speculate: expected draft:PATH:K with K from 1, got `draft:`"),
+        ("draft:0", "speculate: expected draft:PATH:K with K from 1, got `draft:0`"),
+        ("draft:a.gguf:0", "speculate: expected draft:PATH:K with K from 1, got `draft:a.gguf:0`"),
         ("ngram:", "speculate: expected ngram:K with K from 1, got `ngram:`"),
         ("ngram:0", "speculate: expected ngram:K with K from 1, got `ngram:0`"),
         ("ngram:4x", "speculate: expected ngram:K with K from 1, got `ngram:4x`"),
@@ -129,6 +133,13 @@ def test_a_wrong_spelling_is_refused(text, message):
     assert error.value.reasons == (message,)
 
 
+def test_who_drafts_may_be_a_path_with_colons_in_it():
+    assert parse_speculate("draft:a:b.gguf:3") == Wish("draft", 3, "a:b.gguf")
+    assert parse_speculate("draft:a:b.gguf") == Wish("draft", None, "a:b.gguf")
+    assert parse_speculate("draft:3") == Wish("draft", 3)
+    assert parse_speculate("draft") == Wish("draft")
+
+
 def test_what_was_compiled_bounds_what_may_be_asked_for():
     with_drafts, without = Limits(drafts=3, outputs=12), Limits()
     assert [drafts_of(text, with_drafts) for text in ("off", "auto", "ngram", "ngram:2")] == [0, 3, 3, 2]
@@ -138,3 +149,17 @@ def test_what_was_compiled_bounds_what_may_be_asked_for():
     assert error.value.hint == "compile it with `--speculate ngram:4`"
     with pytest.raises(UsageError, match="an artifact compiled with drafts, got one without for `ngram`"):
         drafts_of("ngram", without)
+    with pytest.raises(UsageError, match="expected ngram or ngram:K, what was compiled, got `draft:2`"):
+        drafts_of("draft:2", with_drafts)
+
+
+def test_who_drafts_is_who_was_compiled():
+    limits = Limits(drafts=3, outputs=12, drafter="model")
+    assert [drafts_of(text, limits) for text in ("off", "auto", "draft", "draft:2")] == [0, 3, 3, 2]
+    with pytest.raises(UsageError, match="expected draft or draft:K, what was compiled, got `ngram:2`"):
+        drafts_of("ngram:2", limits)
+    with pytest.raises(UsageError, match=r"got `draft:b\.gguf:2`"):
+        drafts_of("draft:b.gguf:2", limits)
+    with pytest.raises(UsageError, match="at most draft:3") as error:
+        drafts_of("draft:4", limits)
+    assert error.value.hint == "compile it with `--speculate draft:PATH:4`"

@@ -54,3 +54,27 @@ def test_what_is_compiled_by_default_fits_the_other_limits() -> None:
     assert (made(rows=1, slots=1).drafts, made(rows=3, slots=1).drafts) == (0, 2)
     assert (made(outputs=8).drafts, made(slots=16).drafts, made(slots=16).outputs) == (2, 4, 22)
     assert made(speculate="ngram:7").drafts == 7
+
+
+def test_a_second_model_drafts_and_is_verified_with_the_first() -> None:
+    made = small.place() / "drafted.ola"
+    options = ("--threads", "2", "--rows", "24", "--quant", "int8", "--speculate", f"draft:{small.model()}:3")
+    done = small.command("compile", small.model(), "-o", made, *options)
+    assert done.returncode == 0, done.stderr
+    assert "MB for each token guessed, up to 3 a step" in done.stderr
+    plain = run("--speculate", "off")[0]
+    told = ("run", made, "-p", PROMPT, "--raw", "--max-new-tokens", "60", "--json", "--speculate", "draft:2")
+    result = json.loads(small.command(*told).stdout)
+    assert result["tokens"] == plain
+    assert result["speculation"]["accepted"] == result["speculation"]["drafted"]  # it drafts for itself
+    checked = small.command("verify", made, small.model(), "--draft", small.model(), "--tokens", "8")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    missing = small.command("verify", made, small.model())
+    assert missing.returncode == 2
+    assert "--draft: expected the model that drafts in it, got none" in missing.stderr
+
+
+def test_a_draft_model_without_a_path_is_asked_for() -> None:
+    done = small.command("compile", small.model(), "--speculate", "draft:3")
+    assert done.returncode == 2
+    assert "expected draft:PATH:4, the model that drafts, got `draft:3`" in done.stderr

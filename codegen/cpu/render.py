@@ -57,7 +57,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
     """The step of one program for one ISA level; `schedules` holds one schedule per bucket."""
     one = next(iter(schedules.values()))
     program, limits = one.program, one.limits
-    groups = cache_groups(program.kinds, program.layers)
+    groups = cache_groups(program)
     expect(all(g.type.head_dim <= HEAD_DIM_MAX for g in groups), f"expected head_dim <= {HEAD_DIM_MAX}")
     listed, bodies = render_bodies(schedules, partial(_body_text, limits), "//")
     vocab = program.logits.tensor.width
@@ -124,10 +124,10 @@ def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args
             return _rows(graph, phase, numbers, common)
         case "attend":
             return _attend(phase, common)
-        case "sample":
+        case "sample" | "guess" as kind:
             width = phase.anchor[0].operands[0].tensor.width
             sizes = {"stride": padded(width), "maxima_stride": padded(width) // 32}
-            return str(template(TEMPLATES, "sample.cpp.j2").render(**common, **sizes))
+            return str(template(TEMPLATES, f"{kind}.cpp.j2").render(**common, **sizes))
         case _:
             rules = {"shortest": SHORTEST, "longest": LONGEST, "match_bits": MATCH_BITS}
             return str(template(TEMPLATES, "commit.cpp.j2").render(**common, **rules))

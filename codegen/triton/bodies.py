@@ -77,6 +77,8 @@ class BodyRenderer:
                 return self._attend(phase, common)
             case "sample":
                 return self._sample(common)
+            case "guess":
+                return self._guess(common)
             case _:
                 return self._commit(common)
 
@@ -226,11 +228,25 @@ class BodyRenderer:
             )
         )
 
+    def _guess(self, common: dict[str, Any]) -> str:
+        return str(
+            template(TEMPLATES, "guess.py.j2").render(
+                **common,
+                vocab=self.vocab,
+                stride=padded(self.vocab),
+                chunk=min(SAMPLE_CHUNK, max(32, emit.lanes(self.vocab))),
+                drafts=self.limits.drafts,
+                draft_lanes=emit.lanes(self.limits.drafts + 1),
+                slot_lanes=emit.lanes(self.limits.slots),
+            )
+        )
+
     def _commit(self, common: dict[str, Any]) -> str:
         limits = self.limits
         drafting = {
             "drafts": limits.drafts, "draft_lanes": emit.lanes(limits.drafts + 1), "few_rows": limits.few_rows,
             "shortest": SHORTEST, "longest": LONGEST, "chunk": LOOK_UP_CHUNK, "match_bits": MATCH_BITS,
+            "draft_model": limits.has_draft_model, "few": limits.rows_beside(1), "rows": limits.rows,
         }  # fmt: skip
         return str(
             template(TEMPLATES, "commit_drafts.py.j2" if limits.drafts else "commit.py.j2").render(

@@ -44,8 +44,11 @@ def tile_rows(bucket: str, limits: Limits) -> int:
     return PART_ROWS if min(limits.few_rows, limits.rows) <= PART_ROWS else FEW_ROWS
 
 
-def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapping[str, Any]) -> str:
-    """What runs the matrices of format `name` in a bucket, on its `core_text`; `common` is what all templates get."""
+def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapping[str, Any], drafter: bool) -> str:
+    """What runs the matrices of format `name` in a bucket, on its `core_text`; `common` is what all templates get.
+
+    drafter: whether a second model's rows come behind, in a step that may have no outputs.
+    """
     fmt, mine = reader(name), [m for m in matrices if m.format == name]
     strategy = STRATEGIES[bucket]
     rows, outputs = common["n_rows"], [m for m in mine if m.outputs]
@@ -59,6 +62,8 @@ def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapp
             name=name,
             streamed=strategy == "vector",
             rows_at=rows,
+            passes_by=drafter and bool(outputs) and strategy == "vector",
+            chunk_blocks=fmt.chunk_blocks,
             tile_words=tile_words_text(fmt),
             plain=[m for m in mine if not m.heads],
             heads=[m for m in mine if m.heads],

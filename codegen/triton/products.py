@@ -61,7 +61,8 @@ class Products:
         for name in streamed | held:
             yield core_text(name, bucket, rows, name in streamed, name in held)
             if name in streamed:
-                yield linear_text(name, bucket, matrices, common | {"common": self.places})
+                fields = common | {"common": self.places}
+                yield linear_text(name, bucket, matrices, fields, self.limits.has_draft_model)
             if name in held and self.router:
                 fields = common | {"at": self.expert_places}
                 layer_words = self.limits.rows * self.router.choices

@@ -21,6 +21,7 @@ from ...ir.limits import (
     kv_tile_bytes,
     state_fields,
 )
+from ...ir.phases import STATE_WRITERS
 from ...ir.schedule import Schedule, padded
 from ...ir.stream import PIECE, SIZE_BITS
 from ...ir.table import FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
@@ -70,7 +71,7 @@ class Renderer:
     def __init__(self, schedules: Mapping[str, Schedule]) -> None:
         one = next(iter(schedules.values()))
         self.schedules, self.program, self.limits = schedules, one.program, one.limits
-        self.groups = cache_groups(self.program.kinds, self.program.layers)
+        self.groups = cache_groups(self.program)
         self.vocab = self.program.logits.tensor.width
         self.events = max(event_count(s) for s in schedules.values())
         fields = state_fields(self.limits, self.vocab, len(self.groups), self.program.routing)
@@ -122,7 +123,7 @@ class Renderer:
         cases = []
         for body in listed:
             if body.code not in codes:
-                last = ", control" if body.title.endswith(".commit") else ""
+                last = ", control" if body.title.rpartition(".")[2] in STATE_WRITERS else ""
                 call = f"body_{body.code}(here, first, last, stride, {where}{last})"
                 cases.append(Case(f"body == {body.code}", body.title, call))
         for name in dict.fromkeys(m.format for m in matrices):
@@ -159,6 +160,7 @@ class Renderer:
             fetches=-(-self.slot_bytes // (32 * WARPS * PIECE)),
             slot_bytes=self.slot_bytes,
             most_stages=MOST_STAGES,
+            passes_by=self.limits.has_draft_model,
         )
         constants = [f"{name.upper()} = tl.constexpr({offset})" for name, offset in self.state.items()]
         return "\n".join(constants) + "\n\n\n" + text + "\n\n" + self._group_functions()

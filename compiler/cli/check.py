@@ -19,13 +19,18 @@ def verify(
     prompt: Annotated[str, typer.Option(help="Text to start from")] = PROMPT,
     threads: Annotated[int | None, typer.Option(help="Worker threads", show_default="one per core")] = None,
     phases: Annotated[bool, typer.Option("--phases/--no-phases", help="Compare every phase of every layer too")] = True,
+    draft: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The model that drafts, where one was compiled in")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare an artifact with the float32 reference over the same weights"""
     from ..ondemand import find_artifact, find_model
     from ..verify import verify_artifact
 
-    found = verify_artifact(find_artifact(artifact, "verify"), find_model(model), prompt, tokens, threads, phases, note)
+    paths = find_artifact(artifact, "verify"), find_model(model)
+    drafter = find_model(draft) if draft else None
+    found = verify_artifact(*paths, prompt, tokens, threads, phases, note, drafter)
     print_json(found.as_dict()) if json else print("\n".join(found.lines()))
     if not found.passed:
         raise typer.Exit(4)

@@ -55,8 +55,9 @@ def command(
         int | None, _number("Rows with logits per step", "8, or as many as slots and drafts need")
     ] = None,
     speculate: Annotated[
-        str, typer.Option(parser=speculation, metavar="auto|ngram:K|off", rich_help_panel=LIMITS,
-                          help="Most tokens to guess and check in a step; auto is ngram:4, off with a GPU target")
+        str, typer.Option(parser=speculation, metavar="auto|ngram:K|draft:PATH:K|off", rich_help_panel=LIMITS,
+                          help="Most tokens to guess and check in a step, from the text so far or by the model at "
+                               "PATH; auto is ngram:4, off with a GPU target")
     ] = "auto",
     threads: Annotated[
         str, typer.Option(metavar="N,N,..", help="Thread counts to compile for", show_default="1,2,4,8,16 and all",
@@ -81,7 +82,7 @@ def command(
     from ..driver import Request
     from ..gpu import with_fewest_rows
     from ..lowering import Dump
-    from ..ondemand import find_model
+    from ..ondemand import draft_model, find_model
     from ..target_list import parse_targets
 
     texts = Dump(dump, stop_after)
@@ -102,6 +103,7 @@ def command(
         start_from=start_from,
         fit_context=context is None,
         pack=weights,
+        draft=draft_model(speculate),
         target_files=tuple(target_file or ()),
     )
     _compile(request, texts, json)
@@ -161,10 +163,11 @@ def _limits(
 ) -> Limits:
     from ...runtime.speculate import parse_speculate
 
-    word, wanted = parse_speculate(speculate)
-    drafts = 0 if word == "off" else wanted or most_drafts(rows, slots, outputs or 0, Limits.few_rows)
+    wish = parse_speculate(speculate)
+    drafts = 0 if wish.word == "off" else wish.most or most_drafts(rows, slots, outputs or 0, Limits.few_rows)
     needed = max(Limits.outputs, decode_rows(slots, Limits.few_rows, drafts))
-    given = {"rows": rows, "slots": slots, "outputs": outputs or needed, "kv_dtype": kv_dtype, "drafts": drafts}
+    given = {"rows": rows, "slots": slots, "outputs": outputs or needed, "kv_dtype": kv_dtype, "drafts": drafts,
+             "drafter": wish.drafter}  # fmt: skip
     try:
         return Limits(**given, context=context or Limits.context)  # type: ignore[arg-type]
     except CompileError as error:

@@ -76,8 +76,8 @@ Segments: TypeAlias = Annotated[
 ]
 Speculate: TypeAlias = Annotated[
     str,
-    typer.Option(parser=speculation, metavar="auto|ngram:K|off",
-                 help="Guess up to K tokens from the text so far and check them in one step; changes no text"),
+    typer.Option(parser=speculation, metavar="auto|ngram:K|draft:PATH:K|off",
+                 help="Guess up to K tokens from the text so far, or by a second model; changes no text"),
 ]  # fmt: skip
 MODEL_HELP = "A .gguf file, a Hugging Face folder, or a name: smollm2-135m-instruct, gemma3-270m"
 

@@ -6,12 +6,12 @@ from .elementwise import Add, Clamp, ElementwiseOp, GeluTanh, Mul, Scale, Shift,
 from .experts import Combine, ExpertLinear
 from .linear import Embed, Linear, MatrixOp, Select
 from .norm import HeadNorm, RmsNorm
-from .output import Commit, Sample
+from .output import Commit, Guess, Sample
 from .rope import Rope, RopeAngles
 from .route import GroupLimit, Normalize, Softmax, TopK
 
 __all__ = [
     "OPS", "Add", "Append", "Attend", "Clamp", "Combine", "Commit", "ElementwiseOp", "Embed", "ExpertLinear",
-    "GeluTanh", "GroupLimit", "HeadNorm", "Linear", "MatrixOp", "Mul", "Normalize", "RmsNorm", "Rope", "RopeAngles",
-    "Sample", "Scale", "Select", "Shift", "Sigmoid", "Silu", "Softcap", "Softmax", "TopK",
+    "GeluTanh", "GroupLimit", "Guess", "HeadNorm", "Linear", "MatrixOp", "Mul", "Normalize", "RmsNorm", "Rope",
+    "RopeAngles", "Sample", "Scale", "Select", "Shift", "Sigmoid", "Silu", "Softcap", "Softmax", "TopK",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The end of a step: choose a token per wanted row, and make it the next step's row."""
+"""The end of a step: choose a token per wanted row, make it the next step's row, guess what follows."""
 
 from __future__ import annotations
 
@@ -54,3 +54,27 @@ class Commit(Op):
 
     def reference(self, token: Any, rows: Any, slots: Any) -> Any:
         return slots.commit(token, rows)
+
+
+@op
+class Guess(Op):
+    """Note the likeliest token of each wanted row as its slot's next guess; gives the new slots.
+
+    The end of a model that drafts (`ir/drafting.py`). A guess says nothing, so the reference has none.
+
+    example:
+        graph f(logits: f32[L, 16], slots: slots) -> (slots1) {
+          slots1: slots = guess(logits, slots)
+        }
+    """
+
+    logits: Value  # [L, vocab]
+    slots: Value
+
+    def infer(self) -> Type:
+        shape = self.logits.tensor.shape
+        expect(shape[0] == OUTPUTS and len(shape) == 2, f"guess: expected logits [L, vocab], got {list(shape)}")
+        return StateType("slots")
+
+    def reference(self, logits: Any, slots: Any) -> Any:
+        return slots

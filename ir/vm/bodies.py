@@ -22,6 +22,7 @@ from ..schedule import LIVE, padded, panel_kind, panel_row_bytes, panel_rows
 from ..types import OUTPUTS, TensorType, Value
 from .commit import run_commit
 from .experts import run_experts
+from .guess import run_guess
 from .memory import Cache, State, Workspace
 
 
@@ -50,8 +51,10 @@ class Call:
         if self.body.startswith("pack."):
             self._pack()
         else:
-            {"linear": self._linear, "experts": lambda: run_experts(self), "attend": self._attend, "rows": self._rows,
-             "sample": self._sample, "commit": self._commit}[self.phase.anchor_kind]()  # fmt: skip
+            {
+                "linear": self._linear, "experts": lambda: run_experts(self), "attend": self._attend,
+                "rows": self._rows, "sample": self._sample, "commit": self._commit, "guess": self._guess,
+            }[self.phase.anchor_kind]()  # fmt: skip
 
     # ---- rows and values --------------------------------------------------------------------
 
@@ -267,3 +270,11 @@ class Call:
 
     def _commit(self) -> None:
         run_commit(self.state, self.limits)
+
+    def _guess(self) -> None:
+        logits = self.phase.anchor[0].operands[0]
+        vocab, n = logits.tensor.width, self.count(logits)
+        rows, tiles = self.space.rows(self.args["logits"], n, vocab), padded(vocab) // 32
+        tops = self.space.rows(self.args["maxima"], n, tiles, tiles).amax(-1)
+        equal = [(row == top).nonzero() if top.isfinite() else [] for row, top in zip(rows, tops, strict=True)]
+        run_guess(self.state, self.limits, [int(e[0]) if len(e) else -1 for e in equal])

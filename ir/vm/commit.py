@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from ..drafting import adapted, look_up
 from ..limits import Limits
 from ..reference import INVALID, LENGTH, RUNNING, STOPPED
+from .guess import End, begin_guessing, drafts_for
 from .memory import State
 
 
 def run_commit(state: State, limits: Limits) -> None:
+    known: dict[int, int] = {}  # tokens of each slot of the step, as far as they are said
     for i in range(int(state.n_rows[0])):
         if not is_draft(state, limits, i):
             mark_seen(state, int(state.row_slot[i]), int(state.row_token[i]))
-    ends = [commit_slot(state, limits, run) for run in runs(state, limits)]
-    write_rows(state, limits, [end for end in ends if end is not None])
-
-
-@dataclass(frozen=True)
-class End:
-    """Where a slot that goes on has got to: its last token, which is computed next, at `position`."""
-
-    token: int
-    slot: int
-    position: int
+            known[int(state.row_slot[i])] = int(state.row_position[i]) + 1
+    found = [commit_slot(state, limits, run, known) for run in runs(state, limits)]
+    ends = [end for end in found if end is not None]
+    if limits.has_draft_model:
+        begin_guessing(state, limits, known, ends)
+    else:
+        write_rows(state, limits, ends)
 
 
 def is_draft(state: State, limits: Limits, row: int) -> bool:
@@ -44,7 +40,7 @@ def runs(state: State, limits: Limits) -> list[list[int]]:
     return found
 
 
-def commit_slot(state: State, limits: Limits, run: list[int]) -> End | None:
+def commit_slot(state: State, limits: Limits, run: list[int], known: dict[int, int]) -> End | None:
     """Commit what was chosen after the slot's last token and after each draft that holds; None: the slot has ended."""
     rows, chosen = [int(state.output_row[j]) for j in run], [int(state.output_token[j]) for j in run]
     slot, held = int(state.row_slot[rows[0]]), 0
@@ -56,8 +52,11 @@ def commit_slot(state: State, limits: Limits, run: list[int]) -> End | None:
         held += 1
     if min(chosen[held + 1 :], default=0) < 0:
         finished = INVALID
+    known[slot] = position + (1 if finished else 2)
     if limits.drafts:
         count_drafts(state, slot, len(run) - 1, held)
+    if limits.has_draft_model and len(run) > 1:  # what held it has followed while it guessed, but for the last guess
+        state.slot_followed[slot] += min(held, len(run) - 2)
     if finished:
         state.slot_finished[slot] = finished
     return None if finished else End(token, slot, position + 1)
@@ -103,9 +102,7 @@ def guess(state: State, limits: Limits, end: End, running: int) -> list[int]:
     """Drafts to follow a slot's last token, none past its limit."""
     if not limits.drafts:
         return []
-    room = int(state.slot_limit[end.slot]) - end.position - 1
-    count = min(int(state.slot_drafts[end.slot]), limits.drafts_beside(running), room)
-    return look_up(state.slot_history[end.slot, : end.position + 1], count)
+    return look_up(state.slot_history[end.slot, : end.position + 1], drafts_for(state, limits, end, running))
 
 
 def mark_seen(state: State, slot: int, token: int) -> None:

@@ -43,7 +43,7 @@ class _Table:
 
     def __init__(self, schedule: Schedule, plan: WeightPlan) -> None:
         program = schedule.program
-        groups = cache_groups(program.kinds, program.layers)
+        groups = cache_groups(program)
         args = BodyArgs(program, schedule.limits, schedule.bucket, groups)
         self.schedule = schedule
         self.bodies: list[tuple[Graph, Phase, str, dict[str, Arg]]] = []
@@ -63,13 +63,12 @@ class VirtualMachine:
     def __init__(self, schedules: Mapping[str, Schedule], weights: Mapping[str, Any], poison: bool = True) -> None:
         one = next(iter(schedules.values()))
         self.program, self.limits, self.poison = one.program, one.limits, poison
-        groups = cache_groups(self.program.kinds, self.program.layers)
+        groups = cache_groups(self.program)
         plan, self._prefixes = _plan(self.program, BodyArgs(self.program, self.limits, one.bucket, groups))
         self.tables = {bucket: _Table(s, plan) for bucket, s in schedules.items()}
         self.weights = {k: torch.as_tensor(v, dtype=torch.float32) for k, v in weights.items()}
-        vocab = next(op.operands[0].tensor.width for op in self.program.exit.ops if op.name == "sample")
-        self.vocab = vocab
-        self.state = State(state_fields(self.limits, vocab, len(groups), self.program.routing))
+        self.vocab = self.program.logits.tensor.width
+        self.state = State(state_fields(self.limits, self.vocab, len(groups), self.program.routing))
         self.caches = [Cache(g, self.limits, torch.nan if poison else 0.0) for g in groups]
         for i, cache in enumerate(self.caches):
             self.state.pages[i] = cache.page_table(self.limits.slots, self.limits.pages)
@@ -90,6 +89,8 @@ class VirtualMachine:
             s.slot_drafts_most[slot] = s.slot_drafts[slot] = drafts
             s.slot_steps[slot] = s.slot_drafted[slot] = s.slot_accepted[slot] = 0
             s.slot_history[slot, : len(prompt)] = prompt
+        if self.limits.has_draft_model:
+            s.slot_followed[slot] = 0
         s.slot_seen[slot] = 0
         for token in how.seen:
             s.slot_seen[slot, token // 32] |= np.uint32(1 << token % 32)
@@ -136,8 +137,8 @@ class VirtualMachine:
 
     def _outcome(self, table: _Table, outputs: int) -> Outcome:
         last = self.program.exit
-        name = next(op.operands[0].name for op in last.ops if op.name == "sample")
-        logits = self.space.rows(table.schedule.buffer(last.name, name).offset, outputs, self.vocab)
+        at = table.schedule.buffer(last.name, self.program.logits.name).offset
+        logits = self.space.rows(at, outputs, self.vocab)
         return Outcome(tuple(self.state.output_token[:outputs].tolist()), logits.clone())
 
     def _worker(self, table: _Table, queue: np.ndarray, counts: list[int]) -> Iterator[Waits]:

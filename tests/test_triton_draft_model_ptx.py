@@ -1,0 +1,57 @@
+"""A second model that drafts in the compiled PTX, emulated: the CPU target's text, no races, the ring in step."""
+
+from __future__ import annotations
+
+import pytest
+from compiled_kernels import FAMILIES, CompiledStep, checkpoint, group, limits
+from emulated import PROMPT, EmulatedStep, emulator
+
+from onelaunch.compiler.kernel_report import body_formats, problems, report
+from onelaunch.compiler.machines import machine_for
+from onelaunch.compiler.sync_lint import lint
+from onelaunch.ir.schedule import BUCKETS
+from onelaunch.runtime import load
+from onelaunch.tests.compiled import ArtifactCache
+
+FAMILY = "llama"
+pytestmark = group(FAMILY)
+COUNT, DRAFTS = 8, 2
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def step(request: pytest.FixtureRequest) -> CompiledStep:
+    """Drafting for itself, and one whose weights are of another format."""
+    return CompiledStep(FAMILY, 90, DRAFTS, request.param)
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_it_spills_nothing_and_keeps_the_rules_of_synchronisation(step: CompiledStep, bucket: str) -> None:
+    found = report(step.kernel(bucket), step.source.text, body_formats(step.program))
+    assert problems(found, machine_for("sm_90")) == []
+    assert lint(step.kernel(bucket).ptx) == []
+
+
+def test_text_is_the_cpu_targets_without_drafts(step: CompiledStep, compiled: ArtifactCache) -> None:
+    """The prompt's first chunk wants no logits: the chunks of the head are passed by, those of the draft model read."""
+    emulator()
+    artifact = compiled(checkpoint(FAMILY), quant=FAMILIES[FAMILY][1], limits=limits(FAMILY).as_dict())
+    with load(artifact) as cpu:
+        said = cpu.generate(PROMPT, max_new_tokens=COUNT, stop_tokens=[]).tokens
+    gpu = EmulatedStep(step)
+    state, steps = gpu.state, 0
+    state["slot_limit"][0] = len(PROMPT) + COUNT - 1
+    state["slot_drafts_most"][0] = state["slot_drafts"][0] = DRAFTS
+    state["slot_history"][0, : len(PROMPT)] = PROMPT
+    gpu.set_rows([(token, 0, i) for i, token in enumerate(PROMPT[:5])], [])
+    assert gpu.run(0).races == []
+    gpu.set_rows([(token, 0, 5 + i) for i, token in enumerate(PROMPT[5:])], [len(PROMPT) - 6])
+    while state["n_rows"][0]:
+        assert gpu.bucket == "few"
+        assert gpu.run(1 + steps).races == []
+        steps += 1
+    assert not gpu.faulted()
+    assert state["slot_tokens"][0, :COUNT].tolist() == said
+    drafted, held = int(state["slot_drafted"][0].sum()), int(state["slot_accepted"][0].sum())
+    assert held == COUNT - steps
+    if step.program.drafter is not None and step.program.drafter.name == FAMILY:
+        assert held == drafted > 3
