@@ -151,7 +151,7 @@ def _misfit(checkpoint: Checkpoint, weight: str, name: str, shape: tuple[int, ..
 def _unused(checkpoint: Checkpoint, sources: dict[str, WeightSource], reasons: list[str]) -> dict[str, str]:
     """Tensors no weight uses: known harmless ones, else a reason to refuse."""
     used = {name for s in sources.values() for name in s.tensors}
-    ignored: dict[str, str] = {}
+    ignored = dict(checkpoint.ignored)
     for name in checkpoint.tensors:
         if name in used:
             continue

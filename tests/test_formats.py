@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 
 from onelaunch.ir.errors import CompileError
-from onelaunch.ir.formats import FORMATS, Format, decode, planes, quantize
+from onelaunch.ir.formats import FORMATS, Format, decode, planes, quantize, trailer_of, widened
+from onelaunch.tests.disk_rows import set_scales
 
 QUANTISED = [f for f in FORMATS.values() if not f.dense]
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
+of_gguf = pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.gguf >= 0], ids=lambda f: f.name)
 each_quantised = pytest.mark.parametrize("fmt", QUANTISED, ids=lambda f: f.name)
 
 
 def random_rows(fmt: Format, n: int, k: int, seed: int = 0) -> np.ndarray:
-    """Disk bytes [N, row_bytes] with any codes and scales, but finite f16 values of ordinary size."""
+    """Disk bytes [N, row_bytes] with any codes and scales, but finite floats of ordinary size."""
     rng = np.random.default_rng(seed)
-    if fmt.dense:
-        return rng.standard_normal((n, k)).astype(fmt.record).view(np.uint8)
     raw = rng.integers(0, 256, (n, fmt.row_bytes(k)), dtype=np.uint8)
-    records = raw.view(fmt.record)
-    if fmt.scale == "e8m0":
-        records["d"] = rng.integers(112, 126, records.shape)
-        return raw
-    for field in {"d", "m"} & set(fmt.record.names or ()):
-        records[field] = rng.normal(0, 0.01, records.shape)
+    body = raw[:, : fmt.body_bytes(k)]
+    if fmt.dense and not fmt.floats:
+        body[:] = rng.standard_normal((n, k)).astype(fmt.record).view(np.uint8).reshape(n, -1)
+    set_scales(fmt, raw, k, lambda _, dtype, shape: random_scales(rng, dtype, shape))
     return raw
+
+
+def random_scales(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    match dtype:
+        case "e8m0":
+            return rng.integers(112, 126, shape)
+        case "e4m3":
+            return rng.integers(0, 0x7F, shape)
+    return rng.normal(0, 0.01, shape)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
-@each_format
+def from_gguf(fmt: Format, raw: np.ndarray, k: int) -> np.ndarray:
+    """What the gguf package makes of disk rows; a scale of a whole row is in a tensor of its own there."""
+    if fmt.name == "f32":
+        return raw.view(np.float32)
+    body = np.ascontiguousarray(raw[:, : fmt.body_bytes(k)])
+    values = gguf.dequantize(body.view(np.float16) if fmt.name == "f16" else body, gguf.GGMLQuantizationType(fmt.gguf))
+    return values * trailer_of(fmt, raw, k) if fmt.trailer else values
+
+
+@of_gguf
 def test_decode_equals_the_gguf_package(fmt):
     raw = random_rows(fmt, 7, 512)
-    if fmt.name == "f32":
-        expected = raw.view(np.float32)
-    else:
-        stored = raw.view(np.float16) if fmt.name == "f16" else raw
-        expected = gguf.dequantize(stored, gguf.GGMLQuantizationType(fmt.gguf))
-    assert same_bits(decode(fmt, raw, 512), expected)
+    assert same_bits(decode(fmt, raw, 512), from_gguf(fmt, raw, 512))
 
 
-@each_format
+@of_gguf
+@pytest.mark.parametrize("d", [0, 6e-8, 65504.0, -65504.0])
+def test_extreme_scales_decode_as_the_gguf_package_has_them(fmt, d):
+    """Zero, the least subnormal, the largest; of scales of 8 bits every one."""
+    raw = random_rows(fmt, 9, 512)
+    set_scales(fmt, raw, 512, lambda _, dtype, shape: extreme(dtype, shape, d))
+    assert same_bits(decode(fmt, raw, 512), from_gguf(fmt, raw, 512))
+
+
+def extreme(dtype: str, shape: tuple[int, ...], d: float) -> np.ndarray:
+    count = {"e8m0": 255, "e4m3": 127}.get(dtype)
+    return np.resize(np.arange(count), shape) if count else np.full(shape, d)
+
+
+@of_gguf
 def test_disk_sizes_equal_the_gguf_package(fmt):
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(fmt.gguf)]
     assert (fmt.disk_block, fmt.record.itemsize) == (block, size)
@@ -67,6 +93,43 @@ def test_every_scale_of_mxfp4_decodes_as_the_gguf_package_has_it():
     raw.view(FORMATS["mxfp4"].record)["d"] = np.arange(255)[:, None]  # subnormal ones too
     expected = gguf.dequantize(raw, gguf.GGMLQuantizationType.MXFP4)
     assert same_bits(decode(FORMATS["mxfp4"], raw, 512), expected)
+
+
+def test_golden_nvfp4_block():
+    codes = "00070e151c232a31383f464d545b626970777e858c939aa1a8afb6bdc4cbd2d9"
+    raw = np.frombuffer(bytes.fromhex("3840307e" + codes) + np.float32(1).tobytes(), np.uint8)
+    row = decode(FORMATS["nvfp4"], raw[None], 64)[0]
+    assert row[[1, 7, 15]].tolist() == [6, 0.5, 1.5]
+    assert same_bits(
+        decode(FORMATS["nvfp4"], np.append(raw[:-4], np.float32([3]).view(np.uint8))[None], 64)[0], 3 * row
+    )
+
+
+def test_every_scale_of_e4m3_is_what_ml_dtypes_has():
+    codes = np.arange(127, dtype=np.uint8)
+    assert same_bits(widened("e4m3", codes), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    assert np.isnan(widened("e4m3", np.arange(127, 256, dtype=np.uint8))).all()
+
+
+@pytest.mark.parametrize(("name", "every"), [("fp8", 300), ("fp8_128", 128), ("fp8_32", 32), ("mxfp8", 32)])
+def test_fp8_is_its_element_times_the_scale_of_its_columns(name, every):
+    """300 columns: the last block of each is a part of one."""
+    fmt = FORMATS[name]
+    raw = random_rows(fmt, 5, 300)
+    elements = raw[:, :300].copy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    scales = widened(fmt.trailer.dtype, trailer_of(fmt, raw, 300))
+    assert scales.shape == (5, -(-300 // every))
+    assert same_bits(decode(fmt, raw, 300), elements * scales[:, np.arange(300) // every])
+
+
+@pytest.mark.parametrize(("name", "zeros"), [("int4", None), ("int4_z", "z"), ("int4_bz", "z")])
+def test_int4_is_exactly_code_less_zero_times_scale(name, zeros):
+    fmt = FORMATS[name]
+    raw = random_rows(fmt, 5, 64)
+    found = planes(fmt, raw, 64)
+    zero = found.scales[zeros].astype(np.float64) if zeros else np.full((5, 2), 8.0)
+    exact = (found.codes.reshape(5, 2, 32) - zero[:, :, None]) * found.scales["d"].astype(np.float64)[:, :, None]
+    assert np.array_equal(decode(fmt, raw, 64), exact.reshape(5, 64))
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q8_0", "bf16"])
