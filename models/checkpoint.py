@@ -65,7 +65,8 @@ class Checkpoint:
     `read(name)` maps the raw data, read-only: uint8 [N, row bytes] for block formats, else the logical shape
     in float32, float16 or ml_dtypes.bfloat16; LoadError if the tensor is missing or its format unknown.
     `tokenizer()` converts the tokenizer (seconds for large vocabularies); None when the checkpoint has none.
-    `ignored`: tensors on disk that are left out, and why.
+    `ignored`: tensors on disk that are left out, and why. `orders`: of a matrix whose columns are stored in another
+    order than its input's, the place in the input of each.
     `problems` names the tensors whose format is not in FORMATS; an importer that needs one must stop.
     """
 
@@ -79,3 +80,4 @@ class Checkpoint:
     problems: tuple[str, ...] = ()
     files: tuple[Path, ...] = field(default=())
     ignored: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, np.ndarray] = field(default_factory=dict)

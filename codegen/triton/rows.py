@@ -19,6 +19,7 @@ from ...ir.ops import (
     Embed,
     GroupLimit,
     Normalize,
+    Reorder,
     RmsNorm,
     RopeAngles,
     Select,
@@ -154,6 +155,8 @@ class RowEmitter:
                 return [f"{tile} = {self._load(ident(op.x.name), at)}"]
             case RmsNorm():
                 return [f"{tile} = {self._tile(op.x)} * {self.norms[op.out.name]} * {self._tile(op.weight)}"]
+            case Reorder():
+                return self._reordered(op, tile)
             case Embed():
                 return embed_lines(op, tile)
             case RopeAngles():
@@ -165,6 +168,15 @@ class RowEmitter:
             case ElementwiseOp():
                 return [f"{tile} = {POINTWISE[op.name](op, [self._tile(v) for v in op.operands])}"]
         raise TypeError(f"no row statement for `{op.name}`")
+
+    def _reordered(self, op: Reorder, tile: str) -> list[str]:
+        """The value that is read, at other indices `k`; what is known at these ones is not of use there."""
+        outer, made = self.lines, self.made
+        order = f"tl.load({ident(op.order.name)} + k, mask=inside, other=0).to(tl.float32, bitcast=True)"
+        self.lines, self.made = [f"k_{tile}, k = k, {order}.to(tl.int32)"], {}
+        value = self._tile(op.x)
+        lines, self.lines, self.made = self.lines, outer, made
+        return [*lines, f"{tile}, k = {value}, k_{tile}"]
 
     def _fold_numbers(self) -> list[str]:
         return [
