@@ -89,7 +89,7 @@ def _orders(
     for key, source in sources.items():
         own = [t for t in source.tensors if t in checkpoint.orders]
         if own and (len(source.shape) != 2 or not key.partition(".")[2]):
-            reasons.append(f"tensor `{own[0]}`: columns in an order of their own (act-order) are supported in layers only")
+            reasons.append(f"tensor `{own[0]}`: columns in an order of their own (act-order), outside of a plain layer")
         elif own:
             found[key] = checkpoint.orders[own[0]]
     return found

@@ -1,6 +1,8 @@
 """Matrices whose columns are stored group by group: a checkpoint quantised with `desc_act` (act-order).
 
 The order is given to the activation, once for all matrices that read it alike, so that kernels see plain groups.
+Keys and values are appended to the cache by one phase: their matrices must have one order, as they have where it
+comes from what both read.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..ir.errors import LoadError
 from ..ir.graph import Graph, Program
 from ..ir.op import Op
-from ..ir.ops import Linear, Reorder
+from ..ir.ops import Append, Linear, Reorder
 from ..ir.types import TensorType, Value
 
 Orders = dict[str, list[np.ndarray]]  # by weight name, one per layer
@@ -26,6 +29,7 @@ def reorder(program: Program, orders: Mapping[str, np.ndarray]) -> tuple[Program
         layers = program.kind_layers(graph.name)
         found = _of_graph(graph, layers, orders)
         shared = _shared(graph, found)
+        _expect_one_order(graph, shared)
         graphs[graph.name] = _rewritten(graph, shared)
         for name in set(shared.values()):
             vectors |= {f"{i}.{name}_order": x for i, x in zip(layers, found[name], strict=True)}
@@ -55,6 +59,24 @@ def _shared(graph: Graph, found: Orders) -> dict[str, str]:
         )
         for name in found
     }
+
+
+def _expect_one_order(graph: Graph, shared: Mapping[str, str]) -> None:
+    """LoadError unless the keys and values of every layer are made from one reordered activation."""
+    for op in graph.ops:
+        if isinstance(op, Append):
+            keys, values = (_matrix(graph, value) for value in (op.k, op.v))
+            if shared.get(keys) != shared.get(values):
+                reason = f"weights `{keys}` and `{values}`: expected columns in one order (act-order), got two"
+                raise LoadError(reason, hint="quantise both from the same calibration data")
+
+
+def _matrix(graph: Graph, value: Value) -> str:
+    """The name of the matrix whose product a value is made of."""
+    op = graph.producer(value)
+    while op is not None and not isinstance(op, Linear):
+        op = graph.producer(op.operands[0])
+    return op.weight.name[2:] if isinstance(op, Linear) else ""
 
 
 def _rewritten(graph: Graph, shared: Mapping[str, str]) -> Graph:

@@ -18,6 +18,9 @@ from onelaunch.ir.records import NF4
 E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "tie_word_embeddings": True,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Scales that all of a matrix is proportional to, or inversely so: a power of two changes them exactly.
+WHOLE = ("weight_global_scale", "weight_scale_2", "weight_scale", "weight_scale_inv", "scales", "SCB")
 Tensors = dict[str, torch.Tensor]
 Write = Callable[[np.random.Generator, int, int], tuple[Tensors, np.ndarray]]
 
@@ -34,12 +37,21 @@ class Layout:
 def save_quantised(folder: Path, layout: Layout, seed: int = 0, **config: Any) -> dict[str, np.ndarray]:
     """A tiny Llama whose projections have this layout; what they mean, by name."""
     save_hf(folder, **{**SIZES, **config})
+    return put_quantised(folder, layout, seed)
+
+
+def put_quantised(folder: Path, layout: Layout, seed: int = 0) -> dict[str, np.ndarray]:
+    """The same of a checkpoint that is there; weights about 1 / sqrt(K)."""
     path = folder / "model.safetensors"
     tensors, meaning = load_file(path), {}
     rng = np.random.default_rng(seed)
     for name in [n for n in tensors if n.endswith("proj.weight")]:
         n, k = tensors.pop(name).shape
-        leaves, meaning[name] = layout.write(rng, n, k)
+        leaves, weight = layout.write(rng, n, k)
+        factor = np.float32(2.0 ** np.round(np.log2(k**-0.5 / weight.std())))
+        meaning[name] = weight * factor
+        for leaf in [leaf for leaf in WHOLE if leaf in leaves and leaves[leaf].dtype in FLOATS][:1]:
+            leaves[leaf] = leaves[leaf] / factor if leaf == "weight_global_scale" else leaves[leaf] * factor
         tensors |= {name.removesuffix("weight") + leaf: t.contiguous() for leaf, t in leaves.items()}
     save_file(tensors, path)
     edit_config(folder, quantization_config=layout.config)
@@ -129,6 +141,11 @@ def mxfp8(rng, n, k):
     return {"weight": elements, "weight_scale": torch.from_numpy(exponents)}, weight
 
 
+def shuffled(groups: np.ndarray, order: bool) -> np.ndarray:
+    """The group of each column; matrices that read the same have the same, as it comes from what they read."""
+    return np.random.default_rng(len(groups)).permutation(groups) if order else groups
+
+
 def packed_int4(group: int, zeros: bool = False, order: bool = False, dtype: torch.dtype = torch.bfloat16) -> Write:
     """compressed-tensors: stored codes are the signed ones plus 8, zero points are packed along the rows."""
 
@@ -137,7 +154,7 @@ def packed_int4(group: int, zeros: bool = False, order: bool = False, dtype: tor
         codes = rng.integers(0, 16, (n, k))
         zero = rng.integers(0, 16, (n, groups)) if zeros else np.full((n, groups), 8)
         scale, values = floats(rng, (n, groups), dtype)
-        index = rng.permutation(np.arange(k) // (k // groups)) if order else np.arange(k) // (k // groups)
+        index = shuffled(np.arange(k) // (k // groups), order)
         weight = (codes - zero[:, index]).astype(np.float32) * values[:, index]
         leaves = {"weight_packed": words(codes), "weight_scale": scale, "weight_shape": torch.tensor([n, k])}
         leaves |= {"weight_zero_point": words(zero.T).T} if zeros else {}
@@ -154,7 +171,7 @@ def gptq(group: int, stored: str, sym: bool = True, order: bool = False) -> Writ
         codes = rng.integers(0, 16, (k, n))
         zero = np.full((groups, n), 8) if sym else rng.integers(1, 17 if stored == "v1" else 16, (groups, n))
         scale, values = floats(rng, (groups, n), torch.float16)
-        index = rng.permutation(np.arange(k) // group) if order else np.arange(k) // group
+        index = shuffled(np.arange(k) // group, order)
         weight = (codes - zero[index]).astype(np.float32) * values[index]
         return {
             "qweight": words(codes.T).T, "qzeros": words(zero - (stored == "v1")), "scales": scale,
