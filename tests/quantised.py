@@ -22,6 +22,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Scales that all of a matrix is proportional to, or inversely so: a power of two changes them exactly.
 WHOLE = ("weight_global_scale", "weight_scale_2", "weight_scale", "weight_scale_inv", "scales", "SCB")
 Tensors = dict[str, torch.Tensor]
+Meaning = dict[str, np.ndarray]
 Write = Callable[[np.random.Generator, int, int], tuple[Tensors, np.ndarray]]
 
 
@@ -34,20 +35,21 @@ class Layout:
     exact: bool = True
 
 
-def save_quantised(folder: Path, layout: Layout, seed: int = 0, **config: Any) -> dict[str, np.ndarray]:
+def save_quantised(folder: Path, layout: Layout, seed: int = 0, **config: Any) -> Meaning:
     """A tiny Llama whose projections have this layout; what they mean, by name."""
     save_hf(folder, **{**SIZES, **config})
     return put_quantised(folder, layout, seed)
 
 
-def put_quantised(folder: Path, layout: Layout, seed: int = 0) -> dict[str, np.ndarray]:
-    """The same of a checkpoint that is there; weights about 1 / sqrt(K)."""
+def put_quantised(folder: Path, layout: Layout, seed: int = 0, others: dict[str, Layout] | None = None) -> Meaning:
+    """The same of a checkpoint that is there; weights about 1 / sqrt(K). `others`: projections of other layouts."""
     path = folder / "model.safetensors"
     tensors, meaning = load_file(path), {}
     rng = np.random.default_rng(seed)
     for name in [n for n in tensors if n.endswith("proj.weight")]:
         n, k = tensors.pop(name).shape
-        leaves, weight = layout.write(rng, n, k)
+        own = (others or {}).get(name.split(".")[-2].removesuffix("_proj"), layout)
+        leaves, weight = own.write(rng, n, k)
         factor = np.float32(2.0 ** np.round(np.log2(k**-0.5 / weight.std())))
         meaning[name] = weight * factor
         for leaf in [leaf for leaf in WHOLE if leaf in leaves and leaves[leaf].dtype in FLOATS][:1]:

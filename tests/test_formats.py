@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from onelaunch.ir.errors import CompileError
-from onelaunch.ir.formats import FORMATS, Format, decode, planes, quantize, trailer_of, widened
+from onelaunch.ir.formats import (
+    FORMATS,
+    Format,
+    Planes,
+    decode,
+    dequantize,
+    finite,
+    planes,
+    quantize,
+    trailer_of,
+    widened,
+)
 from onelaunch.tests.disk_rows import set_scales
 
 QUANTISED = [f for f in FORMATS.values() if not f.dense]
@@ -168,5 +179,60 @@ def test_bytes_of_another_format_are_refused():
 
 
 def test_a_format_that_cannot_be_made_says_which_can():
-    with pytest.raises(CompileError, match="use `q4_0`, `q8_0` or a dense format"):
+    with pytest.raises(CompileError, match="use `q4_0`, `q8_0`, `mxfp4`, `nvfp4`, `fp8` or a dense"):
         quantize(FORMATS["q4_k"], np.zeros((1, 256), np.float32))
+
+
+ROUNDED = ("mxfp4", "nvfp4", "fp8")
+
+
+def heavy_tailed(n: int, k: int) -> np.ndarray:
+    x = np.random.default_rng(7).standard_t(4, (n, k)).astype(np.float32)
+    x[0] = 0  # a row of zeros
+    x[1] *= np.float32(1e-30)
+    x[2, :16] = 0
+    return x
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_takes_the_nearest_code_of_the_scale_it_chose(name):
+    """No code would be nearer: each value is as near as the nearest of all there are at its block's scale."""
+    fmt, x = FORMATS[name], heavy_tailed(16, 128)
+    raw = quantize(fmt, x)
+    found = decode(fmt, raw, 128)
+    if fmt.dense:
+        scale = trailer_of(fmt, raw, 128)
+        codes = np.arange(256, dtype=np.uint8).view(fmt.record).astype(np.float32)
+        grid = np.sort(codes[np.isfinite(codes)])[None, None] * scale[:, :, None]
+    else:
+        steps = dequantize(fmt, Planes(np.ones((16, 128), np.uint8), planes(fmt, raw, 128).scales)) * 2
+        grid = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6]) * steps[:, :, None]
+    nearest = np.abs(grid - x[:, :, None]).min(axis=2)
+    assert (np.abs(found - x) <= nearest + 1e-6 * np.abs(x).max(axis=1, keepdims=True)).all()
+    assert finite(fmt, raw, 128)
+    assert not found[0].any()
+
+
+@pytest.mark.parametrize(("name", "block"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_the_scale_errs_no_more_than_the_one_that_puts_the_peak_at_six(name, block):
+    """By blocks; in many the other candidate is better."""
+    x = heavy_tailed(64, 256)
+    found = np.square(decode(FORMATS[name], quantize(FORMATS[name], x), 256) - x).reshape(-1, block).sum(axis=1)
+    peak = np.abs(x).reshape(-1, block).max(axis=1)
+    scale = peak / 6
+    if name == "mxfp4":
+        scale = np.exp2(np.ceil(np.log2(np.maximum(scale, 1e-38))))
+    else:
+        row = np.repeat(np.abs(x).max(axis=1) / (6 * 256), 256 // block)
+        row[row == 0] = 1
+        scale = (scale / row).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * row
+    grid = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    plain = np.square(np.abs(grid * scale[:, None, None] - np.abs(x).reshape(-1, block, 1)).min(axis=2)).sum(axis=1)
+    assert (found <= plain * 1.0001 + 1e-30).all()
+    assert (found < plain * 0.99).mean() > 0.2
+
+
+def test_ties_go_to_the_even_code():
+    ties = np.float32([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0] * 4)
+    row = decode(FORMATS["mxfp4"], quantize(FORMATS["mxfp4"], np.tile(ties, 2)[None]), 64)[0, :8]
+    assert row.tolist() == [0, 1, 1, 2, 2, 4, 4, 6]
