@@ -20,7 +20,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Scales that all of a matrix is proportional to, or inversely so: a power of two changes them exactly.
-WHOLE = ("weight_global_scale", "weight_scale_2", "weight_scale", "weight_scale_inv", "scales", "SCB")
+WHOLE = ("weight_global_scale", "weight_scale_2", "weight_scale", "weight_scale_inv", "scales", "SCB", "weight.absmax")
 Tensors = dict[str, torch.Tensor]
 Meaning = dict[str, np.ndarray]
 Write = Callable[[np.random.Generator, int, int], tuple[Tensors, np.ndarray]]
