@@ -106,7 +106,7 @@ struct NF4 : Scaled<Elements<8>, 64> {
 template <class Fmt>
 constexpr size_t body_bytes(int K) {
   if constexpr (Fmt::ACT == Act::Q8)
-    return size_t(K) / (BLOCK_K * Fmt::BLOCKS) * (Fmt::BLOCKS * Fmt::BLOCK_BYTES + Fmt::TAIL_BYTES);
+    return size_t(K) / (BLOCK_K * Fmt::BLOCKS) * (Fmt::BLOCKS * Fmt::BLOCK_BYTES + Fmt::LEAD_BYTES);
   else
     return size_t(K) / Fmt::STEP_K * Fmt::STEP_BYTES;
 }
