@@ -11,14 +11,6 @@
 
 #include "linear_act.h"
 
-// Loops over registers are unrolled in full: an array that a real loop indexes lives in memory.
-// Level 0 has none to gain, and compiles twenty times slower unrolled.
-#if OL_LEVEL > 0
-#define OL_UNROLL _Pragma("GCC unroll 32")
-#else
-#define OL_UNROLL
-#endif
-
 constexpr int LINE = 64;
 constexpr int PREFETCH_AHEAD = 1024;                   // bytes
 constexpr int HALVES_AT_ONCE = OL_LEVEL == 2 ? 2 : 1;  // AVX2 has registers for one
