@@ -96,6 +96,8 @@ def quantised_tensors(tensors: Mapping[str, TensorInfo], read: Read, settings: S
             taken |= {leaves[leaf].name for leaf in made.used}
             if made.order is not None:
                 found.orders[name] = made.order
+    if not loads and not found.reasons:
+        found.reasons.append(f"config field `quantization_config`: says `{settings.method}`, but no tensor is quantised")
     for name, info in tensors.items():
         if name not in taken:
             _rest(name, info, found)
