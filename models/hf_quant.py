@@ -97,7 +97,7 @@ def quantised_tensors(tensors: Mapping[str, TensorInfo], read: Read, settings: S
             if made.order is not None:
                 found.orders[name] = made.order
     if not loads and not found.reasons:
-        found.reasons.append(f"config field `quantization_config`: says `{settings.method}`, but no tensor is quantised")
+        found.reasons.append(f"config field `quantization_config`: says `{settings.method}`, but no tensor is")
     for name, info in tensors.items():
         if name not in taken:
             _rest(name, info, found)
