@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..ir.errors import UsageError, expect
+from ..ir.graph import Program
 from ..ir.limits import Limits
 from ..ir.schedule import Schedule
 from ..ir.text import show
@@ -16,7 +17,8 @@ from ..models.checkpoint import Checkpoint
 from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
-from ..passes import GRAPH_PASSES, Options
+from ..passes import GRAPH_PASSES, PIPELINE, Options
+from ..passes.policy import expect_matches, parse_policy, schemes, split_kinds
 from .emit import Emission
 from .gpu import refuse_formats
 from .lowering import (
@@ -30,7 +32,9 @@ from .lowering import (
     run_graph_passes,
 )
 from .target_list import Targets, parse_targets
+from .toml_file import read_toml
 
+POLICY = ".toml"  # how the name of a policy file ends
 DEFAULT_WORKERS = (1, 2, 4, 8, 16)
 GRAPH_NAMES = tuple(name for name, _ in GRAPH_PASSES)
 
@@ -41,6 +45,7 @@ class Request:
 
     workers: the thread counts of a processor to make task tables for; a GPU has one worker per SM.
     fit_context: shorten `limits.context` to what the model was trained for instead of refusing more.
+    quant: what `--quant` takes: a scheme, or a policy file's name.
     pack: False leaves the weights out; the artifact can be inspected, not loaded.
     draft: a checkpoint whose model guesses `limits.drafts` tokens a step, where `limits.drafter` is `model`.
     target_files: TOML files, or folders of them, with machines of the user's own.
@@ -151,7 +156,8 @@ def _lower(
         program = found.program if isinstance(found, Schedule) else found
         check_edited(program, imported.program)
     if edited is None:
-        program = run_graph_passes(program, Options(request.quant), dump, progress, after)
+        program, options = _quantization(program, request.quant, after)
+        program = run_graph_passes(program, options, dump, progress, after)
         if dump.stop_after in GRAPH_NAMES:
             return None
     refuse_formats(program, targets.gpus)
@@ -174,3 +180,15 @@ def _lower_edited(
     assert rest is not None
     made = {**rest.schedules, edited.workers: {**rest.schedules[edited.workers], edited.bucket: edited}}
     return finish_schedules(edited.program, made, (edited.workers, edited.bucket), dump, progress, after)
+
+
+def _quantization(program: Program, quant: str, after: str) -> tuple[Program, Options]:
+    """What `--quant` asks for; by a policy file, layers that get other formats become kinds of their own."""
+    if not quant.endswith(POLICY):
+        return program, Options(quant)
+    if PIPELINE.index(after) >= PIPELINE.index("quantize"):
+        return program, Options()
+    policy = parse_policy(read_toml(Path(quant), "a policy file"), quant)
+    expect_matches(program, policy)
+    program = split_kinds(program, policy.scheme)
+    return program, Options(schemes(program, policy))

@@ -13,6 +13,7 @@ from ..ir.op import Op
 from ..ir.ops import ExpertLinear, Linear, MatrixOp
 from ..ir.schedule import panel_kind
 from ..ir.types import Value
+from ..passes.policy import split_kinds
 from ..runtime.manifest import Target
 
 
@@ -63,8 +64,9 @@ class _RoundedExpertsBf16(_RoundedExperts):
 def rounded_program(program: Program, formats: Mapping[str, str], bf16: bool) -> Program:
     """The same program for the reference executor, its matrices reading rounded activations.
 
-    formats: of every weight as it is packed, by `NAME` or `LAYER.NAME`; layers of a kind have equal ones.
+    formats: of every weight as it is packed, by `NAME` or `LAYER.NAME`; layers that differ become kinds of their own.
     """
+    program = split_kinds(program, lambda key: formats.get(key, ""))
     linear, experts = (_RoundedLinearBf16, _RoundedExpertsBf16) if bf16 else (_RoundedLinear, _RoundedExperts)
 
     def change(op: Op, prefix: str) -> Op:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..codegen.cpu.pack import pack
 from ..ir.errors import LoadError, expect
-from ..ir.formats import FORMATS, Format, decode, e8m0, packed_bytes, quantize
+from ..ir.formats import FORMATS, Format, decode, finite, packed_bytes, quantize
 from ..ir.graph import Graph, Program
 from ..ir.limits import ALIGN
 from ..ir.ops import Embed
@@ -152,13 +152,7 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _refuse_nan(raw: np.ndarray, fmt: Format, tensor: str, k: int) -> None:
-    if fmt.dense:
-        fine = bool(np.isfinite(raw.view(fmt.record).astype(np.float32, copy=False)).all())
-    else:
-        records, names = raw.view(fmt.record), fmt.record.names or ()
-        scales = [e8m0(records["d"])] if fmt.scale == "e8m0" else [records[f] for f in ("d", "m") if f in names]
-        fine = all(np.isfinite(x).all() for x in scales)
-    if not fine:
+    if not finite(fmt, raw, k):
         raise LoadError(
             f"tensor `{tensor}` holds values that are not finite",
             hint="the checkpoint is damaged or was not converted for inference",
@@ -233,5 +227,3 @@ def _ahead(
             yield waiting.pop(0).result()
     for future in waiting:
         yield future.result()
-
-

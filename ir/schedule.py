@@ -148,10 +148,7 @@ def phase_of(graph: Graph, name: str) -> Phase:
 
 def panel_kind(weight: Value) -> str:
     """What form of activation a weight's kernel reads: int8 blocks, bf16 pairs, or float32."""
-    name = weight.tensor.dtype
-    if name == "bf16":
-        return "bf16"
-    return "f32" if FORMATS[name].bits >= 16 else "q8"
+    return FORMATS[weight.tensor.dtype].panel
 
 
 def panel_kinds(phase: Phase) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import expect
-from .formats import BLOCK_K, FORMATS, TILE_ROWS, packed_bytes
+from .formats import BLOCK_K, FORMATS, TILE_ROWS, packed_body_bytes, packed_bytes
 from .graph import Graph
 from .op import Op
 from .phases import Phase
@@ -83,10 +83,14 @@ def _tile_chunks(part: tuple[Op, ...], start: int, tiles: int, chunk_blocks: Chu
     """The chunks of consecutive tiles from byte `start` on."""
     weight = part[0].operands[1].tensor
     fmt, most = FORMATS[weight.dtype], chunk_blocks(weight.dtype) * BLOCK_K
-    tile, chunk = packed_bytes(fmt, TILE_ROWS, weight.width), packed_bytes(fmt, TILE_ROWS, most)
-    inside = np.arange(0, tile, chunk)
+    # A trailer is a few bytes of a tile: its reader loads them where they are.
+    tile, body, chunk = (
+        packed_bytes(fmt, TILE_ROWS, weight.width),
+        *(packed_body_bytes(fmt, k) for k in (weight.width, most)),
+    )
+    inside = np.arange(0, body, chunk)
     offsets = start + np.arange(tiles)[:, None] * tile + inside
-    sizes = np.broadcast_to(np.minimum(tile - inside, chunk), offsets.shape)
+    sizes = np.broadcast_to(np.minimum(body - inside, chunk), offsets.shape)
     for what, values in (("offset", offsets), ("size", sizes)):
         expect(not (values % PIECE).any(), f"weight `{packed_name(part)}`: {what} of a chunk is no multiple of {PIECE}")
     expect(chunk // PIECE < 1 << SIZE_BITS, f"format {fmt.name}: a chunk of {chunk} bytes is too large")

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-FORMATS = frozenset({"f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4"})
+from ..ir.formats import FORMATS as FORMATS
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Checkpoint:
     `read(name)` maps the raw data, read-only: uint8 [N, row bytes] for block formats, else the logical shape
     in float32, float16 or ml_dtypes.bfloat16; LoadError if the tensor is missing or its format unknown.
     `tokenizer()` converts the tokenizer (seconds for large vocabularies); None when the checkpoint has none.
+    `ignored`: tensors on disk that are left out, and why. `orders`: of a matrix whose columns are stored in another
+    order than its input's, the place in the input of each.
     `problems` names the tensors whose format is not in FORMATS; an importer that needs one must stop.
     """
 
@@ -77,3 +79,5 @@ class Checkpoint:
     tokenizer: Callable[[], TokenizerFiles] | None = None
     problems: tuple[str, ...] = ()
     files: tuple[Path, ...] = field(default=())
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, np.ndarray] = field(default_factory=dict)

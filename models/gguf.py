@@ -22,6 +22,7 @@ import numpy as np
 from ..ir.errors import LoadError
 from .checkpoint import FORMATS, Checkpoint, TensorInfo
 from .gguf_hyper import gguf_hyper
+from .gguf_scales import with_scales
 from .gguf_tokenizer import convert_tokenizer
 
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -239,6 +240,9 @@ def open_gguf(path: Path, ignore: frozenset[str] = frozenset()) -> Checkpoint:
             raise LoadError(f"no tensor `{name}` in the checkpoint", place=str(path))
         return _map_tensor(data, header.data_start, entries[name], str(path))
 
+    tensors, reading, ignored, misfits = with_scales(tensors, read)
+    if misfits:
+        raise LoadError(misfits, place=str(path))
     family, hyper = gguf_hyper(header.keys, tensors, read, str(path), ignore)
     tokenizer = (
         (lambda: convert_tokenizer(header.keys, str(path))) if "tokenizer.ggml.model" in header.keys else None
@@ -248,7 +252,7 @@ def open_gguf(path: Path, ignore: frozenset[str] = frozenset()) -> Checkpoint:
         for t in tensors.values()
         if t.format not in FORMATS
     )
-    return Checkpoint(path, "gguf", family, hyper, tensors, read, tokenizer, problems, (path,))
+    return Checkpoint(path, "gguf", family, hyper, tensors, reading, tokenizer, problems, (path,), ignored)
 
 
 def _map_tensor(data: np.ndarray, start: int, entry: Entry, place: str) -> np.ndarray:

@@ -55,6 +55,7 @@ FIXED: dict[str, tuple[object, ...]] = {
     "num_local_experts": (0, None),
     "partial_rotary_factor": (1, None),
     "pruned_heads": ({}, None),
+    "compression_config": (None,),
     "quantization_config": (None,),
     "rope_interleaved": (False, None),
     "use_bidirectional_attention": (False, None),

@@ -20,6 +20,7 @@ from ..ir.model_text import ModelText, WeightText, parse_model
 from ..ir.types import TensorType
 from .checkpoint import Checkpoint
 from .instantiate import evaluate_number, instantiate
+from .orders import reorder
 from .rope import inverse_frequencies
 
 FAMILIES = Path(__file__).parent
@@ -64,6 +65,7 @@ def import_checkpoint(checkpoint: Checkpoint, text: ModelText | None = None) -> 
     for cap in ("logit_softcap", "attn_softcap"):
         if hyper[cap]:
             reasons.append(f"`{cap}` {hyper[cap]} is not implemented in family `{checkpoint.family}`")
+    orders = _orders(sources, checkpoint, reasons)
     if reasons:
         raise LoadError(reasons, place=str(checkpoint.path))
 
@@ -74,7 +76,23 @@ def import_checkpoint(checkpoint: Checkpoint, text: ModelText | None = None) -> 
         first = next(n for n, s in sources.items() if s is source)  # a tied head is the embedding
         return first if layer < 0 else name, TensorType(source.format, source.shape)
 
-    return Imported(instantiate(text, hyper, resolve), sources, checkpoint, ignored)
+    program, vectors = reorder(instantiate(text, hyper, resolve), orders)
+    sources |= {key: WeightSource(x.shape, "f32", constant=x.astype(np.float32)) for key, x in vectors.items()}
+    return Imported(program, sources, checkpoint, ignored)
+
+
+def _orders(
+    sources: dict[str, WeightSource], checkpoint: Checkpoint, reasons: list[str]
+) -> dict[str, np.ndarray]:
+    """The orders of columns of layers' matrices; of others they are a reason to refuse."""
+    found: dict[str, np.ndarray] = {}
+    for key, source in sources.items():
+        own = [t for t in source.tensors if t in checkpoint.orders]
+        if own and (len(source.shape) != 2 or not key.partition(".")[2]):
+            reasons.append(f"tensor `{own[0]}`: columns in an order of their own (act-order), outside of a plain layer")
+        elif own:
+            found[key] = checkpoint.orders[own[0]]
+    return found
 
 
 def complete(hyper: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -151,7 +169,7 @@ def _misfit(checkpoint: Checkpoint, weight: str, name: str, shape: tuple[int, ..
 def _unused(checkpoint: Checkpoint, sources: dict[str, WeightSource], reasons: list[str]) -> dict[str, str]:
     """Tensors no weight uses: known harmless ones, else a reason to refuse."""
     used = {name for s in sources.values() for name in s.tensors}
-    ignored: dict[str, str] = {}
+    ignored = dict(checkpoint.ignored)
     for name in checkpoint.tensors:
         if name in used:
             continue

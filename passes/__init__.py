@@ -6,7 +6,7 @@ row bucket). `Options` is all that a pass may depend on besides its input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..ir.graph import Graph
@@ -23,14 +23,18 @@ from .tile import tile
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked of the passes: `quant` is int4, int8, bf16 or empty (formats as stored)."""
+    """What the user asked of the passes: `quant` is a scheme for all matrices, empty for formats as stored, or by
+    graph and weight one for each."""
 
-    quant: str = ""
+    quant: str | Mapping[str, Mapping[str, str]] = ""
+
+    def schemes(self, graph: Graph) -> str | Mapping[str, str]:
+        return self.quant if isinstance(self.quant, str) else self.quant[graph.name]
 
 
 GRAPH_PASSES: tuple[tuple[str, Callable[[Graph, Options], Graph]], ...] = (
     ("canonicalize", lambda graph, options: canonicalize(graph)),
-    ("quantize", lambda graph, options: quantize(graph, options.quant)),
+    ("quantize", lambda graph, options: quantize(graph, options.schemes(graph))),
     ("fuse", lambda graph, options: fuse(graph)),
     ("tile", lambda graph, options: tile(graph)),
 )

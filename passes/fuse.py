@@ -20,6 +20,7 @@ from ..ir.ops import (
     HeadNorm,
     Linear,
     MatrixOp,
+    Reorder,
     RmsNorm,
     Rope,
     Sample,
@@ -187,7 +188,7 @@ class _Fuser:
         while wanted:
             value = wanted.pop()
             op = next((p for p in self.pending if p.out == value), None)
-            if op is None or not isinstance(op, RmsNorm | ElementwiseOp | Select):
+            if op is None or not isinstance(op, RmsNorm | ElementwiseOp | Reorder | Select):
                 continue
             mine = {o.out.name for o in group.ops}
             users = self.graph.users(value)

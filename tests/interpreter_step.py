@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,7 +15,7 @@ from interpreter_grid import launch
 from onelaunch.codegen.triton.render import STREAMED, Source, render_kernel
 from onelaunch.compiler.verify import ReferenceWeights
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
-from onelaunch.ir.formats import FORMATS, Format, quantize
+from onelaunch.ir.formats import FORMATS, Format, decode, planes, quantize
 from onelaunch.ir.graph import Graph, Program
 from onelaunch.ir.limits import Limits, kv_pool_bytes, kv_tile_bytes, state_fields
 from onelaunch.ir.ops import Attend
@@ -28,6 +27,7 @@ from onelaunch.ir.vm.memory import State
 from onelaunch.models.importer import Imported, family_text, import_checkpoint
 from onelaunch.models.random import random_checkpoint
 from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
+from onelaunch.tests.disk_rows import set_scales
 
 FAMILY_HYPER: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -60,7 +60,8 @@ GAIN = 3.0  # of matrices that follow a norm: attention looks somewhere, and gre
 @cache
 def random_model(family: str, fmt: str = "f32", seed: int = 0, softcap: float = 0.0, **sizes: Any) -> Imported:
     """A model whose matrices the checkpoint holds in `fmt`, all values random."""
-    wide = K_SIZES if FORMATS[fmt].packed_blocks > 1 else {}
+    least = max(FORMATS[fmt].disk_block, 32 * FORMATS[fmt].packed_blocks)
+    wide = K_SIZES if least > 64 else {"ffn": 128, "moe_ffn": 128} if least > 32 else {}
     made = random_checkpoint(family_text(family), {**FAMILY_HYPER[family], **SIZES, **wide, **sizes}, seed)
     tensors = {n: dataclasses.replace(t, format=fmt) if len(t.shape) > 1 else t for n, t in made.tensors.items()}
     number = {name: i for i, name in enumerate(tensors)}
@@ -88,20 +89,29 @@ def stored(fmt: Format, values: np.ndarray, random: np.random.Generator) -> np.n
     if values.ndim == 3:
         return np.stack([stored(fmt, v, random) for v in values])
     n, k = values.shape
-    if fmt.dense:
+    if fmt.dense and not fmt.trailer:
         return values.astype(fmt.record)
     if fmt.name in ("q4_0", "q8_0"):
         return quantize(fmt, values)
     raw = random.integers(0, 256, (n, fmt.row_bytes(k)), np.uint8)
-    records, levels = raw.view(fmt.record), 1 << fmt.bits
-    if fmt.scale == "e8m0":
-        records["d"] = 125 + np.log2(values.std()).round() + random.integers(-1, 2, records.shape)
-        return raw
-    scale = {"f16": 1, "super": 32 if fmt.has_min else 74}[fmt.scale]  # of uniform bytes: mean of 6 bits, rms of int8
-    step = values.std() * math.sqrt(12) / (levels * scale)
-    records["d"] = step * random.uniform(0.8, 1.2, records.shape)
-    if fmt.has_min:
-        records["m"] = (levels - 1) / 2 * step * (-1 if fmt.scale == "f16" else 1)
+    if fmt.dense and not fmt.floats:
+        elements = random.standard_normal((n, k)).astype(fmt.record)
+        raw[:, : fmt.body_bytes(k)] = elements.view(np.uint8)
+    ones = {"e8m0": 127, "e4m3": 0x38}
+    set_scales(fmt, raw, k, lambda field, dtype, shape: np.full(shape, 0 if field == "m" else ones.get(dtype, 1)))
+    found = decode(fmt, raw, k)
+    step, below = values.std() / found.std(), -found.mean() * values.std() / found.std()
+    if fmt.level("sub_m"):
+        below /= -planes(fmt, raw, k).scales["sub_m"].mean()
+
+    def give(field: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        if dtype == "e8m0":
+            return 127 + np.log2(step).round() + random.integers(-1, 2, shape)
+        if dtype == "e4m3":
+            return random.integers(0x30, 0x40, shape)
+        return np.full(shape, below) if field == "m" else step * random.uniform(0.8, 1.2, shape)
+
+    set_scales(fmt, raw, k, give)
     return raw
 
 

@@ -28,9 +28,24 @@ def host_levels() -> list[int]:
     return [level for level, needs in LEVEL_NEEDS.items() if needs <= flags]
 
 
-@functools.cache
 def build(harness: str, level: int) -> ctypes.CDLL:
-    """Compile tests/`harness` for one level and load it. The file may go once it is loaded."""
+    """Compile tests/`harness` for one level and load it; once, also where that fails."""
+    made = _build(harness, level)
+    if isinstance(made, Exception):
+        raise made
+    return made
+
+
+@functools.cache
+def _build(harness: str, level: int) -> ctypes.CDLL | Exception:
+    try:
+        return _compile(harness, level)
+    except subprocess.CalledProcessError as error:
+        return error
+
+
+def _compile(harness: str, level: int) -> ctypes.CDLL:
+    """The file may go once it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/harness.so"
         subprocess.run(

@@ -6,6 +6,7 @@ import pytest
 from checkpoints import patch_entry, save_gguf
 
 from onelaunch.ir.errors import HostError, LoadError, UsageError
+from onelaunch.ir.formats import FORMATS, decode
 from onelaunch.models import fetch as fetching
 from onelaunch.models.open import open_checkpoint
 
@@ -104,10 +105,10 @@ def test_gguf_keys_we_do_not_implement_are_refused_by_name(tmp_path, reason):
 
 def test_unsupported_gguf_format_is_a_problem_not_a_crash(tmp_path):
     path = save_gguf(tmp_path / "m.gguf")
-    path.write_bytes(patch_entry(path.read_bytes(), b"blk.0.attn_q.weight", type=10))
+    path.write_bytes(patch_entry(path.read_bytes(), b"blk.0.attn_q.weight", type=16))
     checkpoint = open_checkpoint(path)
-    assert checkpoint.problems == ("tensor `blk.0.attn_q.weight`: format `q2_k` is not supported",)
-    with pytest.raises(LoadError, match="`q2_k` is not supported"):
+    assert checkpoint.problems == ("tensor `blk.0.attn_q.weight`: format `iq2_xxs` is not supported",)
+    with pytest.raises(LoadError, match="`iq2_xxs` is not supported"):
         checkpoint.read("blk.0.attn_q.weight")
 
 
@@ -158,3 +159,31 @@ def test_real_gemma3_opens():
     assert (hyper["window"], hyper["layer_kinds"][5], hyper["query_scale"]) == (512, "global", 1 / 16)
     assert checkpoint.problems == ()
     assert {t.format for t in checkpoint.tensors.values()} == {"f32", "q5_0", "q8_0", "q4_k", "q6_k"}
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_v.scale", "blk.0.attn_v.weight.scale", ""])
+def test_nvfp4_rows_end_with_the_scale_of_their_matrix(tmp_path, name):
+    rows = np.random.default_rng(0).integers(0, 127, (8, 144), np.uint8)
+
+    def change(writer):
+        writer.add_tensor("blk.0.attn_v.weight", rows, raw_dtype=gguf.GGMLQuantizationType.NVFP4)
+        writer.add_tensor("blk.0.attn_v.input_scale", np.float32([0.25]))
+        if name:
+            writer.add_tensor(name, np.float32([3]))
+
+    checkpoint = open_checkpoint(save_gguf(tmp_path / "m.gguf", change=change))
+    assert not {name, "blk.0.attn_v.input_scale"} & set(checkpoint.tensors)
+    assert set(checkpoint.ignored) == {"blk.0.attn_v.input_scale"}
+    read = checkpoint.read("blk.0.attn_v.weight")
+    expected = gguf.dequantize(rows, gguf.GGMLQuantizationType.NVFP4) * np.float32(3 if name else 1)
+    assert np.array_equal(decode(FORMATS["nvfp4"], read, 256), expected)
+
+
+def test_an_nvfp4_scale_of_another_shape_is_refused(tmp_path):
+    def change(writer):
+        kind = gguf.GGMLQuantizationType.NVFP4
+        writer.add_tensor("blk.0.attn_v.weight", np.zeros((8, 144), np.uint8), raw_dtype=kind)
+        writer.add_tensor("blk.0.attn_v.scale", np.float32([3, 4]))
+
+    with pytest.raises(LoadError, match=r"`blk.0.attn_v.scale`: expected one scale in f32"):
+        open_checkpoint(save_gguf(tmp_path / "m.gguf", change=change))

@@ -9,8 +9,9 @@ import pytest
 
 from onelaunch.codegen.cpu.pack import pack
 from onelaunch.ir.formats import FORMATS, Format, decode, quantize
+from onelaunch.tests.disk_rows import set_scales
 from onelaunch.tests.native import build, host_levels
-from onelaunch.tests.test_formats import each_format, each_quantised, random_rows, same_bits
+from onelaunch.tests.test_formats import each_format, each_quantised, extreme, random_rows, same_bits
 
 LEVELS = host_levels()
 HARNESS = "linear_harness.cpp"
@@ -47,7 +48,7 @@ def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def seen_by(level: int, fmt: Format, x: np.ndarray) -> np.ndarray:
     """The activations that the core multiplies with, in float64."""
-    if not fmt.dense:
+    if fmt.panel == "q8":
         q, d = quantised(x)
         return (q * d[:, :, None].astype(np.float64)).reshape(x.shape)
     if fmt.name == "bf16" and level == 2:
@@ -77,7 +78,7 @@ def test_linear_equals_numpy(level, fmt, rows):
 
 
 @each_level
-@pytest.mark.parametrize("name", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("name", ["f32", "f16", "bf16", "fp8", "fp8_128", "mxfp8"])
 def test_dense_linear_takes_any_shape(level, name):
     for n, k in [(1, 1), (33, 77), (31, 95)]:
         check(level, FORMATS[name], random_rows(FORMATS[name], n, k), activations(3, k))
@@ -108,9 +109,7 @@ def test_levels_agree_to_the_bit(fmt):
 def test_extreme_codes_do_not_saturate(level, fmt):
     for fill in (0x00, 0xFF, 0x80, 0x7F):
         raw = np.full((32, fmt.row_bytes(256)), fill, np.uint8)
-        records = raw.view(fmt.record)
-        for field in {"d", "m"} & set(fmt.record.names or ()):
-            records[field] = 120 if fmt.scale == "e8m0" else 0.01
+        set_scales(fmt, raw, 256, lambda _, dtype, shape: np.full(shape, {"e8m0": 120, "e4m3": 0x7E}.get(dtype, 0.01)))
         for x in (np.ones((2, 256), np.float32), -np.ones((2, 256), np.float32)):
             check(level, fmt, raw, x)
 
@@ -137,14 +136,26 @@ def test_decode_row_equals_decode(level, fmt):
 
 
 @each_level
-def test_decode_row_is_exact_for_every_scale_of_mxfp4(level):
-    fmt = FORMATS["mxfp4"]
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp8"])
+def test_decode_row_is_exact_for_every_scale_of_8_bits(level, name):
+    fmt = FORMATS[name]
     raw = random_rows(fmt, 255, 256)
-    raw.view(fmt.record)["d"] = np.arange(255)[:, None]
+    set_scales(fmt, raw, 256, lambda _, dtype, shape: extreme(dtype, shape[::-1], 1.0).T)
     packed, row = pack(fmt, raw, 255, 256), np.empty(256, np.float32)
     for n, expected in enumerate(decode(fmt, raw, 256)):
-        build(HARNESS, level).decode_row_mxfp4(pointer(packed), 256, n, pointer(row))
+        getattr(build(HARNESS, level), f"decode_row_{name}")(pointer(packed), 256, n, pointer(row))
         assert same_bits(row, expected)
+
+
+@each_level
+def test_decode_row_is_exact_for_every_element_of_fp8(level):
+    fmt = FORMATS["fp8"]
+    elements = np.arange(256, dtype=np.uint8)
+    elements[elements & 0x7F == 0x7F] = 0  # no numbers
+    raw = np.append(elements, np.float32([1]).view(np.uint8))[None]
+    packed, row = pack(fmt, raw, 1, 256), np.empty(256, np.float32)
+    build(HARNESS, level).decode_row_fp8(pointer(packed), 256, 0, pointer(row))
+    assert same_bits(row, decode(fmt, raw, 256)[0])
 
 
 @each_level

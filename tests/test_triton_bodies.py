@@ -20,6 +20,7 @@ from onelaunch.codegen.triton.formats import READERS
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import INVALID, LENGTH, STOPPED, Slot
 from onelaunch.ir.sampling import Sampling
+from onelaunch.models.importer import import_checkpoint
 
 pytestmark = pytest.mark.xdist_group("interpreted bodies")
 LIMITS = Limits(rows=8, slots=2, context=384, outputs=4, few_rows=4, kv_dtype="f32")
@@ -93,6 +94,17 @@ def test_experts_of_every_family_are_the_reference(family):
 def test_matrices_of_every_format_are_the_reference(fmt):
     pair = Lockstep(random_model("llama", fmt, 1, layers=1), replace(LIMITS, kv_dtype="bf16"))
     for name in ("one row", "many rows"):
+        check(pair, STEPS[name])
+
+
+def test_columns_in_an_order_of_their_own_are_the_reference():
+    """Of matrices that read a norm, attention's splits, and an activation of another phase."""
+    made = random_model("llama", "q4_0", layers=1).checkpoint
+    widths = {n: t.shape[1] for n, t in made.tensors.items() if "proj" in n}
+    ordered = {n: np.random.default_rng(k).permutation(k) for n, k in widths.items()}
+    pair = Lockstep(import_checkpoint(replace(made, orders=ordered)), LIMITS)
+    assert any(op.name == "reorder" for op in pair.machine.program.kinds[0].ops)
+    for name in ("one row", "few rows"):
         check(pair, STEPS[name])
 
 

@@ -18,6 +18,7 @@ from ...ir.ops import (
     GroupLimit,
     HeadNorm,
     Normalize,
+    Reorder,
     RmsNorm,
     Rope,
     RopeAngles,
@@ -135,6 +136,9 @@ class RowEmitter:
                     f"for (int c = 0; c < {width}; c += {d}) "
                     f"head_norm({target} + c, {ident(op.weight.name)}, {d}, {real(op.eps)});",
                 ]
+            case Reorder():
+                value = f"{self.operand(op.x)}[int({ident(op.order.name)}[c])]"
+                return [f"for (int c = 0; c < {width}; ++c) {target}[c] = {value};"]
             case Embed():
                 table = f"s.weight(r, {self.args[op.table.name]})"
                 fmt = format_struct(op.table.tensor.dtype)

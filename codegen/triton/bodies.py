@@ -87,8 +87,8 @@ class BodyRenderer:
 
     def _pack(self, graph: Graph, phase: Phase, name: str, numbers: dict[str, int], common: dict[str, Any]) -> str:
         x, kind = phase.anchor[0].operands[0], name.removeprefix("pack.")
-        source = graph.producer(x)
-        attended = source if isinstance(source, Attend) and not phase.prologue else None
+        read = [x, *(v for op in phase.prologue for v in op.operands)]
+        attended = next((op for v in read if isinstance(op := graph.producer(v), Attend)), None)
         emitter = RowEmitter(phase.prologue, attended, numbers)
         if len(x.tensor.shape) == 3:
             anchor = phase.anchor[0]

@@ -14,10 +14,11 @@ from functools import cached_property
 from .formats import HALF_WORDS, PANEL_WORDS, WORD, Reader, Scale
 
 QUAD = 4  # rows of one thread: a 16-byte load
-CODES_PLACE = False, WORD * HALF_WORDS, WORD * QUAD  # bytes, see `_addresses`
-ELEMENT_BYTES = {"tl.float16": 2, "tl.uint8": 1, "tl.int8": 1}
+CODES_PLACE = "at", WORD * HALF_WORDS, WORD * QUAD  # bytes, see `_addresses`
+ELEMENT_BYTES = {"tl.float16": 2, "tl.bfloat16": 2, "tl.uint8": 1, "tl.int8": 1}
 PANEL = ("x0", "x1", "x2", "x3", "x4", "x5", "x6", "x7", "d", "s0", "s1", "t")  # words of 32 activations
 FLOATS = ("d", "t")
+HALVES = (("shl.b32", "16"), ("and.b32", "0xFFFF0000"))  # of a word, as the high one
 WHOLE = tuple(name for name in PANEL if name not in FLOATS)  # what products are made of
 
 
@@ -79,7 +80,7 @@ class Ahead:
         return ", ".join(["tl.int32"] * len(word_names(self.fmt)))
 
     @property
-    def _places(self) -> list[tuple[bool, int, int]]:
+    def _places(self) -> list[tuple[str, int, int]]:
         return list(dict.fromkeys(_place(s) for s in self.fmt.scales))
 
     @property
@@ -94,10 +95,7 @@ class Ahead:
 
     @property
     def scales_inputs(self) -> str:
-        places = (
-            f"{'lead' if lead else 'at'} + half * {half // WORD} + quad * {quad // WORD}"
-            for lead, half, quad in self._places
-        )
+        places = (f"{home} + half * {half // WORD} + quad * {quad // WORD}" for home, half, quad in self._places)
         return ", ".join([*places, "inside.to(tl.int32)"])
 
     @property
@@ -135,8 +133,8 @@ class Dots:
         return dots + scales + (panel if self.loaded else [])
 
     @cached_property
-    def _addresses(self) -> list[tuple[bool, int, int]]:
-        """Distinct (in the lead, bytes of a half, bytes of a quad) by which planes and scales lie."""
+    def _addresses(self) -> list[tuple[str, int, int]]:
+        """Distinct (home, bytes of a half, bytes of a quad) by which planes and scales lie."""
         if self.held:
             return []
         return list(dict.fromkeys([CODES_PLACE, *(_place(s) for s in self.fmt.scales)]))
@@ -156,7 +154,7 @@ class Dots:
 
     @property
     def inputs(self) -> str:
-        at = [f"{'lead' if lead else 'at'} + half * {half} + quad * {quad}" for lead, half, quad in self._addresses]
+        at = [f"{home} + half * {half} + quad * {quad}" for home, half, quad in self._addresses]
         at += word_names(self.fmt) if self.held else []
         return ", ".join([*at, *([f"x{p}" for p in self.rows] if self.loaded else WHOLE)])
 
@@ -251,13 +249,16 @@ class Dots:
         """What the table has for eight codes, zero added: those of group g in `a`, of g + 4 in a register of their own.
 
         A byte of a word has a code of both groups. A permutation looks four codes up by three bits of each and leaves
-        their signs to a second table; by all four bits of 0x80 it gives 0x80 or, of negative ones, 0xFF.
+        their signs to a second table; by all four bits of 0x80 it gives 0x80 or, of negative ones, 0xFF: enough where
+        no entry has that bit.
         """
         positive, negative = ([self.fmt.zero + v for v in half] for half in (self.fmt.table[:8], self.fmt.table[8:]))
         tables = [
             ", ".join(f"0x{int.from_bytes(bytes(t[i : i + 4]), 'little'):08X}" for i in (0, 4))
             for t in (positive, negative)
         ]
+        wide = max(positive + negative) > 127
+        whole = ["and.b32 e0, e0, 0x01010101;", "mul.lo.u32 e0, e0, 255;"] if wide else []
         lines = [f"and.b32 m, {word}, 0x77777777;", f"mov.b32 e1, {word};"]
         for out in ("a", "b"):
             if out == "b":
@@ -266,6 +267,7 @@ class Dots:
                 f"prmt.b32 {out}, {tables[0]}, m;",
                 f"prmt.b32 u{g}, {tables[1]}, m;",
                 "prmt.b32 e0, 0x80808080, 0x80808080, e1;",
+                *whole,
                 f"lop3.b32 {out}, {out}, u{g}, e0, 0xD8;",  # (out & ~e0) | (u & e0)
             ]
         return [*lines, f"prmt.b32 u{g}, a, b, 0x7531;", "prmt.b32 a, a, b, 0x6420;"]
@@ -273,6 +275,9 @@ class Dots:
 
 def scale_loads(scale: Scale, memory: str, at: str, outs: list[str]) -> list[str]:
     """The four scales of a kind, as float32."""
+    if scale.dtype == "tl.bfloat16":  # the high half of a float32
+        halves = [f"{cut} {out}, e{j // 2}, {by};" for j, out in enumerate(outs) for cut, by in (HALVES[j % 2],)]
+        return [f"ld.{memory}.v2.b32 {{e0, e1}}, {at};", *halves]
     if ELEMENT_BYTES[scale.dtype] == 2:
         load = f"ld.{memory}.v4.b16 {{h0, h1, h2, h3}}, {at};"
         return [load, *(f"cvt.f32.f16 {out}, h{j};" for j, out in enumerate(outs))]
@@ -289,6 +294,6 @@ def _where_inside(outputs: int, addresses: int) -> list[str]:
     return lines + [f"mov.b32 ${i}, 0;" for i in range(outputs)]
 
 
-def _place(scale: Scale) -> tuple[bool, int, int]:
+def _place(scale: Scale) -> tuple[str, int, int]:
     size = ELEMENT_BYTES[scale.dtype]
-    return scale.in_lead, HALF_WORDS * size, QUAD * size
+    return scale.home, HALF_WORDS * size, QUAD * size

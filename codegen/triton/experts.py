@@ -23,7 +23,7 @@ from ...ir.schedule import padded, part_experts, part_units, part_weight, unit_r
 from ..rendering import template
 from . import emit
 from .formats import reader
-from .linear import TEMPLATES, tile_words_text
+from .linear import TEMPLATES, row_scale_text, tile_words_text
 from .rows import LOG2E
 
 COMMON = ("weight", "panel", "blocks", "tiles", "gather", "layer")  # arguments that are no pointers of a finish
@@ -123,6 +123,7 @@ def experts_text(
             layer_words=layer_words,
             list_at=router.list_at,
             tile_words=tile_words_text(reader(name)),
+            row_scale=row_scale_text(reader(name)),
         )
     )
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.errors import CompileError
-from ...ir.formats import BLOCK_K, FORMATS, Format
-from ..cpu.pack import SIX_BITS_UPPER, UPPER_BYTES
+from ...ir.formats import BLOCK_K, FORMATS, TILE_ROWS, Format
+from ...ir.records import TABLES
+from ..cpu.pack import PLANES
 
 WORD = 4
 HALF_WORDS = 16  # a row each
@@ -32,12 +33,12 @@ class Plane:
 
 @dataclass(frozen=True)
 class Scale:
-    """32 scales of one kind: elements of `dtype` (16 or 8 bits) from element `first` of the block or the lead."""
+    """32 scales of one kind: elements of `dtype` (16 or 8 bits) from element `first` of `home`."""
 
     name: str
     dtype: str  # a Triton type
     first: int
-    in_lead: bool = False
+    home: str = "at"  # the block, or "lead", or "own": what a block has in the lead for itself
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class Reader:
     zero: int
     blocks: int  # of a superblock
     lead_words: int
-    lead_step: int  # words of the lead from one block's scales to the next's; 0: they share them
+    own_step: int  # words of the lead from what one block has for itself to the next's; 0: they have nothing
+    row_scale: bool  # a tile ends with 32 float32 that multiply its rows
     code_byte: str
     extra_byte: str
     single: str
-    table: tuple[int, ...] = ()  # what codes mean, halved; `single` then gives it plus `zero`
+    table: tuple[int, ...] = ()  # what codes mean; `single` then gives it plus `zero`
 
     @property
     def super_words(self) -> int:
@@ -79,9 +81,12 @@ class Reader:
         return f"{lead} + {n} % {self.blocks} * {self.block_words}"
 
     def lead_at(self, n: str) -> str:
-        """The word at which what the lead has for block `n` begins."""
-        own = f" + {n} % {self.blocks} * {self.lead_step}" if self.lead_step else ""
-        return f"{n} // {self.blocks} * {self.super_words}{own}"
+        """The word at which the lead of block `n` begins."""
+        return f"{n} // {self.blocks} * {self.super_words}"
+
+    def own_at(self, n: str) -> str:
+        """How many words after that block `n` has scales for itself."""
+        return f"{n} % {self.blocks} * {self.own_step}"
 
     @property
     def chunk_blocks(self) -> int:
@@ -123,20 +128,14 @@ def _upper(fmt: Format) -> tuple[tuple[str, int, str], ...]:
     return ()
 
 
-def _nibbles(fmt: Format) -> int:
-    """The byte of a block at which the low four bits of its codes begin."""
-    return UPPER_BYTES if fmt.bits in (5, 6) else 0
-
-
-def _upper_at(fmt: Format) -> tuple[int, ...]:
-    """The bytes at which planes of the bits past four begin."""
-    return {5: (0,), 6: SIX_BITS_UPPER}.get(fmt.bits, ())
+def _plane(fmt: Format, width: int) -> tuple[int, ...]:
+    """The bytes of a block at which lines with so many bits of its codes begin."""
+    return next((plane.at for plane in PLANES[fmt.bits] if plane.width == width), ())
 
 
 def _planes(fmt: Format) -> tuple[Plane, ...]:
-    lines, at = 8 if fmt.bits == 8 else 4, _nibbles(fmt) // WORD
-    codes = [Plane(f"w{j}", at + 2 * HALF_WORDS * j) for j in range(lines)]
-    upper = [Plane(f"h{i}", at // WORD) for i, at in enumerate(_upper_at(fmt))]
+    codes = [Plane(f"w{j}", at // WORD) for j, at in enumerate(_plane(fmt, 8) or _plane(fmt, 4))]
+    upper = [Plane(f"h{i}", at // WORD) for i, at in enumerate(_plane(fmt, fmt.bits - 4) if 4 < fmt.bits < 8 else ())]
     return (*codes, *upper)
 
 
@@ -145,42 +144,72 @@ def _single(fmt: Format) -> tuple[str, str, str]:
     if fmt.bits == 8:
         return "{k} // 4 * 128 + half * 64 + {r} * 4 + {k} % 4", "", "code"
     byte = "{k} // 4 % 4 * 128 + half * 64 + {r} * 4 + {k} % 4"
-    byte += f" + {_nibbles(fmt)}" if _nibbles(fmt) else ""
+    first = _plane(fmt, 4)[0]
+    byte += f" + {first}" if first else ""
     low = "((code >> ({k} // 16 * 4)) & 15)"
     if fmt.bits == 5:
         return byte, "half * 64 + {r} * 4 + {k} % 4", low + " | (((extra >> ({k} // 4)) & 1) << 4)"
     if fmt.bits == 6:
-        upper = f"{{k}} // 16 * {SIX_BITS_UPPER[1]} + half * 64 + {{r}} * 4 + {{k}} % 4"
+        upper = f"{{k}} // 16 * {_plane(fmt, 2)[1]} + half * 64 + {{r}} * 4 + {{k}} % 4"
         return byte, upper, low + " | (((extra >> ({k} // 4 % 4 * 2)) & 3) << 4)"
-    return byte, "", f"e2m1({low})" if fmt.table else low
+    return byte, "", f"{table_name(fmt.table)}({low})" if fmt.table else low
 
 
-def _scales(fmt: Format) -> tuple[tuple[Scale, ...], tuple[str, ...], str]:
-    """What leads a superblock or follows the codes, and the scale of each part and the minimum that they make."""
-    at = 32 * BLOCK_K * fmt.bits // 8
-    if fmt.scale == "f16":
-        d = Scale("d", "tl.float16", at // 2)
-        if fmt.has_min:
-            return (d, Scale("m", "tl.float16", at // 2 + 32)), ("d.to(tl.float32)",), "m.to(tl.float32)"
-        return (d,), ("d.to(tl.float32)",), ""
-    if fmt.scale == "e8m0":
-        return (Scale("d", "tl.uint8", 0, in_lead=True),), ("half_e8m0(d)",), ""
-    lead = Scale("d", "tl.float16", 0, in_lead=True)
-    if fmt.has_min:
-        sub = Scale("sub_d", "tl.uint8", at), Scale("sub_m", "tl.uint8", at + 32)
-        scale, low = "sub_d.to(tl.float32) * d.to(tl.float32)", "-(sub_m.to(tl.float32) * m.to(tl.float32))"
-        return (*sub, lead, Scale("m", "tl.float16", 32, in_lead=True)), (scale,), low
-    halves = Scale("sub_0", "tl.int8", at), Scale("sub_1", "tl.int8", at + 32)
-    return (*halves, lead), tuple(f"sub_{p}.to(tl.float32) * d.to(tl.float32)" for p in (0, 1)), ""
+TYPES = {
+    "f16": "tl.float16",
+    "bf16": "tl.bfloat16",
+    "u8": "tl.uint8",
+    "i8": "tl.int8",
+    "e8m0": "tl.uint8",
+    "e4m3": "tl.uint8",
+}
+FLOATS = {"e8m0": "half_e8m0({})", "e4m3": "half_e4m3({})"}  # both only with tables in halves
+
+
+def table_name(table: tuple[int, ...]) -> str:
+    return next(name for name, known in TABLES.items() if known == table)
+
+
+def _scales(fmt: Format) -> tuple[Scale, ...]:
+    """Every kind of scale in a block and its lead; of those with two parts, each."""
+    found = []
+    for place in fmt.places:
+        dtype, size = TYPES[place.level.dtype], place.level.bytes // TILE_ROWS
+        home = ("own" if place.step else "lead") if place.in_lead else "at"
+        for part in range(place.count):
+            name = place.level.field + (f"_{part}" if place.count > 1 else "")
+            found.append(Scale(name, dtype, place.offset // size + part * TILE_ROWS, home))
+    return tuple(found)
+
+
+def _meaning(fmt: Format) -> tuple[tuple[str, ...], str]:
+    """The scale of each part of a block, and what is added."""
+    names = {
+        p.level.field: [p.level.field] * 2 if p.count == 1 else [f"{p.level.field}_{i}" for i in (0, 1)]
+        for p in fmt.places
+    }
+
+    def of(field: str, part: int) -> str:
+        level = fmt.level(field)
+        return FLOATS.get(level.dtype if level else "", "{}.to(tl.float32)").format(names[field][part])
+
+    def scale(part: int) -> str:
+        return " * ".join(of(field, part) for field in ("sub_d", "d") if field in names) or "1.0"
+
+    minimum = ""
+    if "m" in names:
+        minimum = f"-({of('sub_m', 0)} * {of('m', 0)})" if "sub_m" in names else of("m", 0)
+    if "z" in names:
+        minimum = f"-({of('z', 0)} * {of('d', 0)})"
+    return tuple(scale(part) for part in range(BLOCK_K // fmt.block)), minimum
 
 
 def _integer(fmt: Format) -> Reader:
-    scales, scale, minimum = _scales(fmt)
-    lead = fmt.packed_lead_bytes // WORD
-    step = lead // fmt.packed_blocks if fmt.scale == "e8m0" else 0
+    step = next((p.step // WORD for p in fmt.places if p.step), 0)
     return Reader(
-        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _upper(fmt), scales, scale, minimum,
-        max(fmt.zero, *fmt.table, 0), fmt.packed_blocks, lead, step, *_single(fmt), table=fmt.table,
+        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _upper(fmt), _scales(fmt),
+        *_meaning(fmt), max(fmt.zero, -min(fmt.table, default=0)), fmt.packed_blocks, fmt.packed_lead_bytes // WORD,
+        step, fmt.trailer is not None, *_single(fmt), table=fmt.table,
     )  # fmt: skip
 
 
@@ -189,7 +218,10 @@ _DENSE = {
     "bf16": DenseReader("bf16", 32, 2, 32, "tl.bfloat16", "{k} // 2 * 64 + {row} * 2 + {k} % 2"),
     "f16": DenseReader("f16", 16, 1, 64, "tl.float16", "{k} * 32 + {row}"),
 }
-READERS: dict[str, Reader | DenseReader] = _DENSE | {f.name: _integer(f) for f in FORMATS.values() if not f.dense}
+LEAST_BITS = 4  # of integer codes: of fewer a GPU has no reader
+READERS: dict[str, Reader | DenseReader] = _DENSE | {
+    f.name: _integer(f) for f in FORMATS.values() if not f.dense and f.bits >= LEAST_BITS
+}
 
 
 def reader(name: str) -> Reader | DenseReader:
@@ -202,8 +234,19 @@ def reader(name: str) -> Reader | DenseReader:
     return READERS[name]
 
 
+def body_words(fmt: Reader | DenseReader) -> str:
+    """Words of one tile of 32 rows by `blocks` times 32 k before its trailer, as Triton and Python read it."""
+    if isinstance(fmt, Reader) and fmt.lead_words:
+        return f"blocks // {fmt.blocks} * {fmt.super_words}"
+    return f"blocks * {fmt.block_words}"
+
+
+def trailer_words(fmt: Reader | DenseReader) -> str:
+    """Of its trailer, with a sign; empty without one."""
+    return f" + {TILE_ROWS}" if isinstance(fmt, Reader) and fmt.row_scale else ""
+
+
 def tile_words(fmt: Reader | DenseReader, blocks: int) -> int:
     """Words of one tile of 32 rows by `blocks` times 32 k."""
-    if isinstance(fmt, DenseReader):
-        return blocks * fmt.block_words
-    return blocks // fmt.blocks * fmt.super_words
+    words = blocks // fmt.blocks * fmt.super_words if isinstance(fmt, Reader) else blocks * fmt.block_words
+    return words + (TILE_ROWS if isinstance(fmt, Reader) and fmt.row_scale else 0)

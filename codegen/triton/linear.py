@@ -18,7 +18,17 @@ from ...ir.schedule import STRATEGIES
 from ..rendering import template
 from .build import WARPS
 from .dots import PANEL, QUAD, Ahead, Dots, load_asm, scale_names, word_names
-from .formats import CHUNK_GROUPS, PANEL_WORDS, DenseReader, Reader, reader
+from .formats import (
+    CHUNK_GROUPS,
+    PANEL_WORDS,
+    READERS,
+    DenseReader,
+    Reader,
+    body_words,
+    reader,
+    table_name,
+    trailer_words,
+)
 from .rows import PANEL_TYPES
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -65,6 +75,7 @@ def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapp
             passes_by=drafter and bool(outputs) and strategy == "vector",
             chunk_blocks=fmt.chunk_blocks,
             tile_words=tile_words_text(fmt),
+            row_scale=row_scale_text(fmt),
             plain=[m for m in mine if not m.heads],
             heads=[m for m in mine if m.heads],
         )
@@ -72,17 +83,48 @@ def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapp
 
 
 def tile_words_text(fmt: Reader | DenseReader) -> str:
-    if isinstance(fmt, Reader) and fmt.lead_words:
-        return f"blocks // {fmt.blocks} * {fmt.super_words}"
-    return f"blocks * {fmt.block_words}"
+    return body_words(fmt) + trailer_words(fmt)
 
 
-def table_text(table: tuple[int, ...], zero: int) -> str:
-    """What formats with a table of signed sizes read them by."""
-    sizes = int.from_bytes(
-        sum(v << 4 * i for i, v in enumerate(table[:8])).to_bytes(4, "little"), "little", signed=True
-    )
-    return str(template(TEMPLATES, "e2m1.py.j2").render(zero=zero, sizes=sizes))
+def row_scale_text(fmt: Reader | DenseReader) -> str:
+    """The scales of a tile's rows, [32, 1]; empty if they have none."""
+    if not trailer_words(fmt):
+        return ""
+    return f"tl.load((tile + {body_words(fmt)}).to(tl.pointer_type(tl.float32)) + tl.arange(0, 32))[:, None]"
+
+
+def tables_text(names: Sequence[str]) -> str:
+    """What formats with a table of codes' meanings read them by; empty if none of `names` has one."""
+    tables = {r.table: r.zero for name in names if isinstance(r := READERS.get(name), Reader) and r.table}
+    if not tables:
+        return ""
+    listed = [Table(table_name(table), tuple(zero + v for v in table), zero) for table, zero in tables.items()]
+    return str(template(TEMPLATES, "tables.py.j2").render(tables=listed))
+
+
+@dataclass(frozen=True)
+class Table:
+    """What 16 codes mean, `zero` added."""
+
+    name: str
+    values: tuple[int, ...]
+    zero: int
+
+    @property
+    def sizes(self) -> int | None:
+        """Of a table whose second half is the first one negative, and small: its sizes, four bits each."""
+        size = [v - self.zero for v in self.values[:8]]
+        if min(size) < 0 or max(size) > 15 or [self.zero - v for v in self.values[8:]] != size:
+            return None
+        return _signed(sum(v << 4 * i for i, v in enumerate(size)))
+
+    @property
+    def words(self) -> list[int]:
+        return [_signed(int.from_bytes(bytes(self.values[i : i + 4]), "little")) for i in range(0, 16, 4)]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
 
 
 def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> str:
@@ -118,8 +160,7 @@ def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> 
         values |= {
             "chunk_blocks": fmt.chunk_blocks,
             "held": Ahead(fmt) if held else None,
-            "dots": ", ".join(f"dots{p}" for p in range(len(fmt.scale))),
-            "scales": ", ".join(s.name for s in fmt.scales),
+            "found": ", ".join([*(f"dots{p}" for p in range(len(fmt.scale))), *(s.name for s in fmt.scales)]),
             "variants": [Variant(f"{n}_{fmt.name}", count, rows, kind, fmt) for n, count, kind in names],
         }
     return str(template(TEMPLATES, f"{strategy}{'_dense' if dense else ''}.py.j2").render(**values))

@@ -13,8 +13,7 @@ from ...ir.schedule import part_weight
 from ...ir.types import OUTPUTS
 from ..rendering import Bodies, BodyText
 from .experts import Experts, Places, Router, experts_body, experts_text, route_text
-from .formats import READERS, Reader
-from .linear import Matrix, core_text, linear_text, table_text, tile_rows
+from .linear import Matrix, core_text, linear_text, tables_text, tile_rows
 
 
 def find_bodies(program: Program, listed: Sequence[BodyText], bodies: Bodies) -> tuple[list[Matrix], list[Experts]]:
@@ -38,9 +37,8 @@ def find_bodies(program: Program, listed: Sequence[BodyText], bodies: Bodies) ->
 
 def helper_texts(program: Program, router: Router | None) -> list[str]:
     """Functions that bodies of some programs call: to read formats with a table, to route."""
-    readers = [READERS.get(w.tensor.dtype) for g in program.graphs for w in g.weights]
-    tables = {r.table: r.zero for r in readers if isinstance(r, Reader) and r.table}
-    return [table_text(table, zero) for table, zero in tables.items()] + ([route_text(router)] if router else [])
+    tables = tables_text([w.tensor.dtype for g in program.graphs for w in g.weights])
+    return [text for text in (tables, route_text(router) if router else "") if text]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ... import __version__
 from ...ir.errors import expect
-from ...ir.formats import BLOCK_K, FORMATS, TILE_ROWS, packed_bytes
+from ...ir.formats import BLOCK_K, FORMATS, packed_body_bytes
 from ...ir.graph import Program
 from ...ir.limits import (
     ALIGN,
@@ -80,7 +80,7 @@ class Renderer:
         self.bodies = BodyRenderer(self.program, self.limits, self.state, self.kv_names)
         self.router = find_router(self.program)
         self.chunk_blocks = _chunk_blocks(self.program)
-        sizes = [packed_bytes(FORMATS[name], TILE_ROWS, BLOCK_K * n) for name, n in self.chunk_blocks.items()]
+        sizes = [packed_body_bytes(FORMATS[name], BLOCK_K * n) for name, n in self.chunk_blocks.items()]
         self.slot_bytes = padded(max(sizes) + PIECE, ALIGN)
         expect(
             min(self.limits.few_rows, self.limits.rows) <= FEW_ROWS,

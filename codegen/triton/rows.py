@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...ir.errors import expect
+from ...ir.formats import TILE_ROWS
 from ...ir.limits import PARTIAL_HEADER, SPLIT_TOKENS, partial_floats
 from ...ir.op import Op
 from ...ir.ops import (
@@ -18,6 +19,7 @@ from ...ir.ops import (
     Embed,
     GroupLimit,
     Normalize,
+    Reorder,
     RmsNorm,
     RopeAngles,
     Select,
@@ -153,6 +155,8 @@ class RowEmitter:
                 return [f"{tile} = {self._load(ident(op.x.name), at)}"]
             case RmsNorm():
                 return [f"{tile} = {self._tile(op.x)} * {self.norms[op.out.name]} * {self._tile(op.weight)}"]
+            case Reorder():
+                return self._reordered(op, tile)
             case Embed():
                 return embed_lines(op, tile)
             case RopeAngles():
@@ -164,6 +168,15 @@ class RowEmitter:
             case ElementwiseOp():
                 return [f"{tile} = {POINTWISE[op.name](op, [self._tile(v) for v in op.operands])}"]
         raise TypeError(f"no row statement for `{op.name}`")
+
+    def _reordered(self, op: Reorder, tile: str) -> list[str]:
+        """The value that is read, at other indices `k`; what is known at these ones is not of use there."""
+        outer, made = self.lines, self.made
+        order = f"tl.load({ident(op.order.name)} + k, mask=inside, other=0).to(tl.float32, bitcast=True)"
+        self.lines, self.made = [f"k_{tile}, k = k, {order}.to(tl.int32)"], {}
+        value = self._tile(op.x)
+        lines, self.lines, self.made = self.lines, outer, made
+        return [*lines, f"{tile}, k = {value}, k_{tile}"]
 
     def _fold_numbers(self) -> list[str]:
         return [
@@ -231,7 +244,7 @@ def embed_lines(op: Embed, tile: str) -> list[str]:
     if isinstance(fmt, DenseReader):
         element = f"table.to(tl.pointer_type({fmt.element})) + {fmt.place.format(k='k', row='r')}"
         return [*lines, f"{tile} = tl.load({element}, mask=inside, other=0.0).to(tl.float32)"]
-    return [*lines, *_embed_code(fmt), f"{tile} = tl.where(inside, {_value(fmt)}, 0.0)"]
+    return [*lines, *_embed_code(fmt), f"{tile} = tl.where(inside, {_value(fmt)}, 0.0){_row_scale(fmt, blocks)}"]
 
 
 def _embed_code(fmt: Reader) -> list[str]:
@@ -246,11 +259,13 @@ def _embed_code(fmt: Reader) -> list[str]:
     ]
     if fmt.lead_words:
         lines.append(f"lead = table + {fmt.lead_at('k // 32')}")
+    if fmt.own_step:
+        lines.append(f"own = lead + {fmt.own_at('(k // 32)')}")
     if extra:
         lines.append(f"extra = tl.load(octets + {extra}, mask=inside, other=0)")
     lines.append(f"code = ({single}).to(tl.float32) - {float(fmt.zero)}")
     for scale in fmt.scales:
-        home = "lead" if scale.in_lead else "block"
+        home = "block" if scale.home == "at" else scale.home
         at = f"{home}.to(tl.pointer_type({scale.dtype})) + r + {scale.first}"
         lines.append(f"{scale.name} = tl.load({at}, mask=inside, other=0)")
     return lines
@@ -261,3 +276,8 @@ def _value(fmt: Reader) -> str:
     if len(fmt.scale) == 2:
         scale = f"tl.where(k % 32 < 16, {fmt.scale[0]}, {fmt.scale[1]})"
     return f"({scale}) * code" + (f" + {fmt.minimum}" if fmt.minimum else "")
+
+
+def _row_scale(fmt: Reader, blocks: int) -> str:
+    body = tile_words(fmt, blocks) - TILE_ROWS
+    return f" * tl.load(table + {body} + r).to(tl.float32, bitcast=True)" if fmt.row_scale else ""

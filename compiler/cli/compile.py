@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..lowering import Dump
 
 LIMITS, INSIDE = "Limits", "Looking inside"
-QUANT, KV = ("int4", "int8", "bf16"), ("bf16", "f32")
+QUANT, KV = ("int4", "int8", "bf16", "nvfp4", "mxfp4", "fp8"), ("bf16", "f32")
 
 
 def _number(help: str, shown: str | bool = True) -> Any:
@@ -37,7 +37,9 @@ def command(
         list[Path] | None, typer.Option(metavar="FILE", help="A TOML file, or a folder, with machines of your own")
     ] = None,
     quant: Annotated[
-        str, typer.Option(help="Quantize matrices to int4, int8 or bf16", show_default="as stored")
+        str,
+        typer.Option(metavar="NAME|FILE", help=f"Quantize matrices to {', '.join(QUANT)}, or as a .toml file says",
+                     show_default="as stored"),
     ] = "",
     kv_dtype: Annotated[str, typer.Option(help="How the cache stores keys and values: bf16 or f32")] = "bf16",
     weights: Annotated[
@@ -76,7 +78,8 @@ def command(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Compile a model to one decode-step artifact"""
-    _one_of("--quant", quant, ("", *QUANT))
+    if not quant.endswith(".toml"):
+        _one_of("--quant", quant, ("", *QUANT))
     _one_of("--kv-dtype", kv_dtype, KV)
     counts = thread_list(threads) if threads else ()
     from ..driver import Request

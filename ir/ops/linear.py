@@ -83,3 +83,25 @@ class Select(Op):
 
     def reference(self, x: Any, rows: Any) -> Any:
         return x[rows.outputs]
+
+
+@op
+class Reorder(Op):
+    """The values of each row in another order: value i of the result is value order[i].
+
+    example:
+        graph f(x: f32[R, 4], w.order: f32[4]) -> (y) {
+          y: f32[R, 4] = reorder(x, w.order)
+        }
+    """
+
+    x: Value  # [rows, n]
+    order: Value  # [n], whole numbers
+
+    def infer(self) -> Type:
+        x, order = self.x.tensor, self.order.tensor
+        expect(order.shape == (x.width,), f"reorder: expected order [{x.width}], got {list(order.shape)}")
+        return x
+
+    def reference(self, x: Any, order: Any) -> Any:
+        return x[..., order.long() % x.shape[-1]]

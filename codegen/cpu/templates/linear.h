@@ -3,22 +3,13 @@
 // A tile is 32 output rows by all of K, read once, in order; rows are lanes, so nothing is summed across
 // lanes. It meets M activation rows (a panel) at a time. A tile is two halves of 16 rows.
 //
-// Each weight format is one struct (linear_formats.h). Integer formats share `tile_q8`, dense ones
+// Each weight format is one struct (linear_formats.h, linear_dense.h). Integer formats share `tile_q8`, dense ones
 // `tile_dense`; both add the sum of each block of 32 k to the row's accumulator in order of k, so a row's
-// bits never depend on M. A new format is a struct there, a line in pack.py and one in ir/formats.py.
+// bits never depend on M. A new format is a struct there and an entry in ir/records.py.
 #pragma once
 #include "simd.h"
 
 #include "linear_act.h"
-#include "linear_formats.h"
-
-// Loops over registers are unrolled in full: an array that a real loop indexes lives in memory.
-// Level 0 has none to gain, and compiles twenty times slower unrolled.
-#if OL_LEVEL > 0
-#define OL_UNROLL _Pragma("GCC unroll 32")
-#else
-#define OL_UNROLL
-#endif
 
 constexpr int LINE = 64;
 constexpr int PREFETCH_AHEAD = 1024;                   // bytes
@@ -78,7 +69,7 @@ OL_INLINE void dots_q8(const uint8_t* w, const Q8Panel<M>& x, int first, int par
     OL_UNROLL for (int m = 0; m < M; ++m) {
       I act = i_bcast(x.q + 4 * (g * M + m));
       OL_UNROLL for (int h = 0; h < HALVES; ++h) {
-        if (Fmt::BITS == 8) {
+        if (Fmt::WIDE) {
           sums[h][m] = i_dot8(sums[h][m], codes[h], act);
         } else {
           run[h][m] = i_dot_add(run[h][m], codes[h], act);
@@ -94,7 +85,7 @@ OL_INLINE void dots_q8(const uint8_t* w, const Q8Panel<M>& x, int first, int par
 
 // Add one block to acc[.][m], for HALVES halves from `first` on.
 template <class Fmt, int M, int HALVES>
-OL_INLINE void block_q8(const uint8_t* w, const uint8_t* lead, const Q8Panel<M>& x, int first, F (*acc)[M]) {
+OL_INLINE void block_q8(const uint8_t* w, const uint8_t* lead, int b, const Q8Panel<M>& x, int first, F (*acc)[M]) {
   OL_UNROLL for (int part = 0; part < Fmt::PARTS; ++part) {
     I sums[HALVES][M];
     OL_UNROLL for (int m = 0; m < M; ++m) {
@@ -105,7 +96,7 @@ OL_INLINE void block_q8(const uint8_t* w, const uint8_t* lead, const Q8Panel<M>&
     if (Fmt::PARTS == 2) w = opaque(w);  // else GCC keeps the first part's loads for the second, and spills
     dots_q8<Fmt, M, HALVES>(w, x, first, part, sums);
     OL_UNROLL for (int h = 0; h < HALVES; ++h) {
-      F scale = Fmt::scale(w, lead, first + h, part);
+      F scale = scale_of<Fmt>(w, lead, b, first + h, part);
       OL_UNROLL for (int m = 0; m < M; ++m) {
         F& a = acc[first + h][m];
         a = f_fma(f_from_i(sums[h][m]), f_mul(scale, f_set1(x.d[m])), a);
@@ -113,13 +104,14 @@ OL_INLINE void block_q8(const uint8_t* w, const uint8_t* lead, const Q8Panel<M>&
     }
   }
   if constexpr (Fmt::HAS_MIN)
-    OL_UNROLL for (int h = 0; h < HALVES; ++h) {
-      F min = Fmt::min(w, lead, first + h);
-      OL_UNROLL for (int m = 0; m < M; ++m) {
-        F x_sum = f_set1(x.d[m] * float(x.s[m] + x.s[M + m]));
-        acc[first + h][m] = f_fma(min, x_sum, acc[first + h][m]);
+    OL_UNROLL for (int part = 0; part < Fmt::PARTS; ++part)
+      OL_UNROLL for (int h = 0; h < HALVES; ++h) {
+        F min = Fmt::min(w, lead + b * Fmt::LEAD_STEP, first + h, part);
+        OL_UNROLL for (int m = 0; m < M; ++m) {
+          const int32_t whole = Fmt::PARTS == 2 ? x.s[part * M + m] : x.s[m] + x.s[M + m];
+          acc[first + h][m] = f_fma(min, f_set1(x.d[m] * float(whole)), acc[first + h][m]);
+        }
       }
-    }
 }
 
 template <class Fmt, int M>
@@ -131,7 +123,7 @@ OL_INLINE void tile_q8(const uint8_t* w, int K, const uint8_t* panel, F (*acc)[M
       const uint8_t* block = w + Fmt::LEAD_BYTES + b * Fmt::BLOCK_BYTES;
       prefetch_ahead<Fmt::BLOCK_BYTES>(block);
       OL_UNROLL for (int first = 0; first < 2; first += HALVES_AT_ONCE)
-        block_q8<Fmt, M, HALVES_AT_ONCE>(block, w + b * Fmt::LEAD_STEP, x, first, acc);
+        block_q8<Fmt, M, HALVES_AT_ONCE>(block, w, b, x, first, acc);
     }
   }
 }
@@ -140,6 +132,7 @@ OL_INLINE void tile_q8(const uint8_t* w, int K, const uint8_t* panel, F (*acc)[M
 template <class Fmt, int M>
 OL_INLINE void tile_dense(const uint8_t* w, int K, const uint8_t* x, F (*acc)[M]) {
   constexpr int STEPS = BLOCK_K / Fmt::STEP_K, X_STEP = M * act_row_bytes(Fmt::ACT, Fmt::STEP_K);
+  [[maybe_unused]] const uint8_t* scales = w + body_bytes<Fmt>(K);
   for (int k = 0; k < K; k += BLOCK_K) {
     F sum[2][M];
     OL_UNROLL for (int h = 0; h < 2; ++h)
@@ -151,8 +144,14 @@ OL_INLINE void tile_dense(const uint8_t* w, int K, const uint8_t* x, F (*acc)[M]
         OL_UNROLL for (int m = 0; m < M; ++m) sum[h][m] = Fmt::mac(sum[h][m], weights, x, m, M);
       }
     }
-    OL_UNROLL for (int h = 0; h < 2; ++h)
-      OL_UNROLL for (int m = 0; m < M; ++m) acc[h][m] = f_add(acc[h][m], sum[h][m]);
+    OL_UNROLL for (int h = 0; h < 2; ++h) {
+      if constexpr (Fmt::SCALE_EVERY > 0) {
+        F scale = Fmt::scale(scales + k / Fmt::SCALE_EVERY * Fmt::SCALE_BYTES, h);
+        OL_UNROLL for (int m = 0; m < M; ++m) acc[h][m] = f_fma(sum[h][m], scale, acc[h][m]);
+      } else {
+        OL_UNROLL for (int m = 0; m < M; ++m) acc[h][m] = f_add(acc[h][m], sum[h][m]);
+      }
+    }
   }
 }
 
@@ -165,6 +164,11 @@ void tile_rows(const uint8_t* w, int K, const uint8_t* panel, float* y, size_t l
     tile_q8<Fmt, M>(w, K, panel, acc);
   else
     tile_dense<Fmt, M>(w, K, panel, acc);
+  if constexpr (Fmt::ROW_SCALE)
+    OL_UNROLL for (int h = 0; h < 2; ++h) {
+      F scale = f_load((const float*)(w + body_bytes<Fmt>(K)) + 16 * h);
+      OL_UNROLL for (int m = 0; m < M; ++m) acc[h][m] = f_mul(acc[h][m], scale);
+    }
   OL_UNROLL for (int m = 0; m < M; ++m) {
     f_store(y + m * ldy, acc[0][m]);
     f_store(y + m * ldy + 16, acc[1][m]);
@@ -195,22 +199,32 @@ OL_INLINE float f_lane(F a, int lane) {
 
 template <class Fmt>
 OL_INLINE void decode_row_q8(const uint8_t* w, int K, int half, int lane, float* out) {
-  for (int k = 0; k < K; k += BLOCK_K * Fmt::BLOCKS, w += tile_bytes<Fmt>(BLOCK_K * Fmt::BLOCKS)) {
+  for (int k = 0; k < K; k += BLOCK_K * Fmt::BLOCKS, w += body_bytes<Fmt>(BLOCK_K * Fmt::BLOCKS)) {
     const uint8_t* lead = w;
-    for (int b = 0; b < Fmt::BLOCKS; ++b, lead += Fmt::LEAD_STEP) {
+    for (int b = 0; b < Fmt::BLOCKS; ++b) {
       const uint8_t* block = w + Fmt::LEAD_BYTES + b * Fmt::BLOCK_BYTES;
-      float min = 0.0f;
-      if constexpr (Fmt::HAS_MIN) min = f_lane(Fmt::min(block, lead, half), lane);
       for (int g = 0; g < 8; ++g) {
+        const int part = g * Fmt::PARTS / 8;
+        float min = 0.0f;
+        if constexpr (Fmt::HAS_MIN) min = f_lane(Fmt::min(block, lead + b * Fmt::LEAD_STEP, half, part), lane);
         uint8_t codes[64];
         i_store(codes, Fmt::codes(block, half, g));
-        const float scale = f_lane(Fmt::scale(block, lead, half, g * Fmt::PARTS / 8), lane);
+        const float scale = f_lane(scale_of<Fmt>(block, lead, b, half, part), lane);
         for (int i = 0; i < 4; ++i, ++out) {
           *out = scale * float(codes[4 * lane + i] - Fmt::ZERO);
           if (Fmt::HAS_MIN) *out += min;
         }
       }
     }
+  }
+}
+
+template <class Fmt>
+OL_INLINE void decode_row_dense(const uint8_t* w, int K, int half, int lane, float* out) {
+  for (int k = 0; k < K; ++k) {
+    out[k] = f_lane(Fmt::value(w + size_t(k / Fmt::STEP_K) * Fmt::STEP_BYTES, half, k % Fmt::STEP_K), lane);
+    if constexpr (Fmt::SCALE_EVERY > 0)
+      out[k] *= f_lane(Fmt::scale(w + body_bytes<Fmt>(K) + k / Fmt::SCALE_EVERY * Fmt::SCALE_BYTES, half), lane);
   }
 }
 
@@ -222,6 +236,9 @@ void decode_row(const uint8_t* packed, int K, int row, float* out) {
   if constexpr (Fmt::ACT == Act::Q8)
     decode_row_q8<Fmt>(w, K, half, lane, out);
   else
-    for (int k = 0; k < K; ++k)
-      out[k] = f_lane(Fmt::value(w + size_t(k / Fmt::STEP_K) * Fmt::STEP_BYTES, half, k % Fmt::STEP_K), lane);
+    decode_row_dense<Fmt>(w, K, half, lane, out);
+  if constexpr (Fmt::ROW_SCALE) {
+    const float scale = ((const float*)(w + body_bytes<Fmt>(K)))[row % TILE_ROWS];
+    for (int k = 0; k < K; ++k) out[k] *= scale;
+  }
 }

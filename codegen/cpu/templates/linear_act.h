@@ -7,7 +7,7 @@
 #pragma once
 #include <cmath>
 
-#include "linear_formats.h"
+#include "linear_dense.h"
 
 constexpr int PANEL_MAX = OL_LEVEL == 2 ? 6 : 2;   // rows that the registers hold
 constexpr int PANEL_BODY = OL_LEVEL == 2 ? 4 : 2;  // rows per panel once one panel is not enough

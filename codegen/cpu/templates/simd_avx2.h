@@ -131,3 +131,13 @@ OL_INLINE I i_lookup16(const uint8_t* table, I index) {
   index = i_and(index, i_set1(0x0f0f0f0f));
   return {_mm256_shuffle_epi8(both, index.lo), _mm256_shuffle_epi8(both, index.hi)};
 }
+
+// Lane by lane, table[index % 16]: both halves by three bits, the fourth says which.
+OL_INLINE __m256 lookup16_half(const float* table, __m256i index) {
+  __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+OL_INLINE F f_lookup16(const float* table, I index) {
+  return {lookup16_half(table, index.lo), lookup16_half(table, index.hi)};
+}

@@ -75,4 +75,7 @@ OL_INLINE I i_lookup16(const uint8_t* table, I index) {
   return _mm512_permutexvar_epi8(index, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)));
 }
 
+// Lane by lane, table[index % 16].
+OL_INLINE F f_lookup16(const float* table, I index) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table)); }
+
 OL_INLINE F f_bfdot(F acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }

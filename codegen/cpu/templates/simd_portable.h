@@ -138,3 +138,10 @@ OL_INLINE I i_lookup16(const uint8_t* table, I index) {
   for (uint8_t& b : bytes) b = table[b % 16];
   return i_load(bytes);
 }
+
+// Lane by lane, table[index % 16].
+OL_INLINE F f_lookup16(const float* table, I index) {
+  F found;
+  for (int i = 0; i < 16; ++i) found[i] = table[index[i] & 15];
+  return found;
+}
