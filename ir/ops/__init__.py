@@ -12,6 +12,6 @@ from .route import GroupLimit, Normalize, Softmax, TopK
 
 __all__ = [
     "OPS", "Add", "Append", "Attend", "Clamp", "Combine", "Commit", "ElementwiseOp", "Embed", "ExpertLinear",
-"GeluTanh", "GroupLimit", "Guess", "HeadNorm", "Linear", "MatrixOp", "Mul", "Normalize", "Reorder", "RmsNorm",
+    "GeluTanh", "GroupLimit", "Guess", "HeadNorm", "Linear", "MatrixOp", "Mul", "Normalize", "Reorder", "RmsNorm",
     "Rope", "RopeAngles", "Sample", "Scale", "Select", "Shift", "Sigmoid", "Silu", "Softcap", "Softmax", "TopK",
 ]  # fmt: skip
