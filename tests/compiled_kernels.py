@@ -114,10 +114,11 @@ def _add_random(writer, name: str, fmt: Format, rows: int, width: int, random) -
         return
     raw = random.integers(0, 256, (rows, width // fmt.disk_block, fmt.record.itemsize), np.uint8)
     records = raw.view(fmt.record)[..., 0]
-    largest = 2.0 ** (fmt.bits - 1) * (32 if fmt.scale == "super" else 1)
+    super_blocks = fmt.level("sub_d") is not None
+    largest = 2.0 ** (fmt.bits - 1) * (32 if super_blocks else 1)
     records["d"] = random.uniform(1, 2, records.shape) * 2 * width**-0.5 / largest
     if fmt.has_min:
-        records["m"] = records["d"] * (1 if fmt.scale == "super" else -(2.0 ** (fmt.bits - 1)))
+        records["m"] = records["d"] * (1 if super_blocks else -(2.0 ** (fmt.bits - 1)))
     if fmt.bits == 6:
         records["scales"] = random.integers(-32, 32, records["scales"].shape)
     data = records.view(np.uint8).reshape(rows, -1)
