@@ -120,7 +120,7 @@ def _add_random(writer, name: str, fmt: Format, rows: int, width: int, random) -
     if fmt.has_min:
         records["m"] = records["d"] * (1 if super_blocks else -(2.0 ** (fmt.bits - 1)))
     if fmt.bits == 6:
-        records["scales"] = random.integers(-32, 32, records["scales"].shape)
+        records["sub_d"] = random.integers(-32, 32, records["sub_d"].shape)
     data = records.view(np.uint8).reshape(rows, -1)
     writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[fmt.name.upper()])
 
