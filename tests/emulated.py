@@ -15,7 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compiled_kernels import ARCHS, DENSE, MIXED, MOE, CompiledStep, compiled_step, each
+from compiled_kernels import (
+    ARCHS,
+    DENSE,
+    FAMILIES,
+    MIXED,
+    MOE,
+    CompiledStep,
+    checkpoint,
+    compiled_step,
+    each,
+    limits,
+)
 from ptx_spelled import spelled_out
 
 from onelaunch.codegen.triton.build import signature
@@ -24,6 +35,8 @@ from onelaunch.ir.limits import kv_pool_bytes, kv_tile_bytes, state_bytes, state
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.stream import streams
 from onelaunch.ir.table import cache_groups, lower
+from onelaunch.runtime import load
+from onelaunch.tests.compiled import ArtifactCache
 
 EMULATOR = Path(__file__).resolve().parents[2] / "shared" / "ptxemu"
 STALE = 0x47  # as bytes of float32 or bf16: about 51,000
@@ -40,6 +53,13 @@ def emulator():
     import ptxemu
 
     return ptxemu
+
+
+def cpu_text(compiled: ArtifactCache, family: str, count: int) -> list[int]:
+    """What the CPU target says after PROMPT."""
+    artifact = compiled(checkpoint(family), quant=FAMILIES[family][1], limits=limits(family).as_dict())
+    with load(artifact) as cpu:
+        return list(cpu.generate(PROMPT, max_new_tokens=count, stop_tokens=[]).tokens)
 
 
 class EmulatedStep:

@@ -26,7 +26,7 @@ from onelaunch.tests.bench.speculate_prompts import COPY, PROSE
 from onelaunch.tests.checkpoints import save_hf, save_random
 from onelaunch.tests.compiled import ArtifactCache
 from onelaunch.tests.interpreter_step import random_model
-from onelaunch.tests.test_speculate_model import CONFIG, random_prompt
+from onelaunch.tests.test_speculate_model import CONFIG, random_requests
 
 pytestmark = pytest.mark.xdist_group("drafts")
 LIMITS = {"rows": 80, "slots": 4, "context": 512, "outputs": 12, "drafts": 4, "drafter": "model"}
@@ -64,16 +64,7 @@ def plain(itself: Path) -> Iterator[Model]:
 @pytest.mark.parametrize("seed", range(6))
 def test_random_requests_say_the_same(itself: Path, stranger: Path, plain: Model, seed: int) -> None:
     rng = random.Random(seed)
-    prompts = [random_prompt(rng, plain.vocab) for _ in range(7)]
-    prompts += [p + p[:70] for p in prompts[:3]]  # prefixes to reuse
-    settings: dict[str, Any] = {
-        "max_new_tokens": rng.choice([5, 90, 200]),
-        "temperature": rng.choice([0.0, 0.3, 0.9]),
-        "top_k": rng.choice([0, 5]),
-        "repetition_penalty": rng.choice([1.0, 1.0, 1.3]),
-        "seed": seed,
-        "stop_tokens": rng.sample(range(plain.vocab), rng.choice([0, 1])),
-    }
+    prompts, settings = random_requests(rng, plain.vocab, seed)
     path = rng.choice([itself, stranger])
     with load(path, kv_tokens=rng.choice([None, 448]), speculate=rng.choice(["auto", "draft:2"])) as model:
         got, expected = model.generate(prompts, **settings), plain.generate(prompts, **settings)

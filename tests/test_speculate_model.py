@@ -45,19 +45,25 @@ def random_prompt(rng: random.Random, vocab: int) -> list[int]:
     return (stem * rng.randint(1, 6))[: rng.randint(1, 150)]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_requests_say_the_same(path: Path, plain: Model, seed: int) -> None:
-    rng = random.Random(seed)
-    prompts = [random_prompt(rng, plain.vocab) for _ in range(7)]
+def random_requests(rng: random.Random, vocab: int, seed: int) -> tuple[list[list[int]], dict[str, Any]]:
+    """Prompts, some with a prefix of another, and how to continue them."""
+    prompts = [random_prompt(rng, vocab) for _ in range(7)]
     prompts += [p + p[:70] for p in prompts[:3]]  # prefixes to reuse
-    settings: dict[str, Any] = {
+    settings = {
         "max_new_tokens": rng.choice([5, 90, 200]),
         "temperature": rng.choice([0.0, 0.3, 0.9]),
         "top_k": rng.choice([0, 5]),
         "repetition_penalty": rng.choice([1.0, 1.0, 1.3]),
         "seed": seed,
-        "stop_tokens": rng.sample(range(plain.vocab), rng.choice([0, 1])),
+        "stop_tokens": rng.sample(range(vocab), rng.choice([0, 1])),
     }
+    return prompts, settings
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_requests_say_the_same(path: Path, plain: Model, seed: int) -> None:
+    rng = random.Random(seed)
+    prompts, settings = random_requests(rng, plain.vocab, seed)
     with load(path, kv_tokens=rng.choice([None, 448]), speculate=rng.choice(["auto", "ngram:2"])) as model:
         got, expected = model.generate(prompts, **settings), plain.generate(prompts, **settings)
     assert [r.tokens for r in got] == [r.tokens for r in expected]

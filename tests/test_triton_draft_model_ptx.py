@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from compiled_kernels import FAMILIES, CompiledStep, checkpoint, group, limits
-from emulated import PROMPT, EmulatedStep, emulator
+from compiled_kernels import CompiledStep, group
+from emulated import PROMPT, EmulatedStep, cpu_text, emulator
 
 from onelaunch.compiler.kernel_report import body_formats, problems, report
 from onelaunch.compiler.machines import machine_for
 from onelaunch.compiler.sync_lint import lint
 from onelaunch.ir.schedule import BUCKETS
-from onelaunch.runtime import load
 from onelaunch.tests.compiled import ArtifactCache
 
 FAMILY = "llama"
@@ -34,9 +33,7 @@ def test_it_spills_nothing_and_keeps_the_rules_of_synchronisation(step: Compiled
 def test_text_is_the_cpu_targets_without_drafts(step: CompiledStep, compiled: ArtifactCache) -> None:
     """The prompt's first chunk wants no logits: the chunks of the head are passed by, those of the draft model read."""
     emulator()
-    artifact = compiled(checkpoint(FAMILY), quant=FAMILIES[FAMILY][1], limits=limits(FAMILY).as_dict())
-    with load(artifact) as cpu:
-        said = cpu.generate(PROMPT, max_new_tokens=COUNT, stop_tokens=[]).tokens
+    said = cpu_text(compiled, FAMILY, COUNT)
     gpu = EmulatedStep(step)
     state, steps = gpu.state, 0
     state["slot_limit"][0] = len(PROMPT) + COUNT - 1

@@ -12,23 +12,19 @@ import ast
 import numpy as np
 import pytest
 import torch
-from compiled_kernels import FAMILIES, checkpoint, limits
-from emulated import PROMPT, each_step, emulated_step, emulator
+from emulated import PROMPT, cpu_text, each_step, emulated_step, emulator
 from ptx_spelled import spelled_out
 
 from onelaunch.codegen.triton.formats import READERS, reader, tile_words
 from onelaunch.codegen.triton.render import FAULT
 from onelaunch.ir.errors import CompileError
 from onelaunch.ir.formats import FORMATS, packed_bytes
-from onelaunch.runtime import load
 
 
 @each_step
 def test_tokens_are_the_cpu_targets_and_no_interleaving_races(family, arch, compiled):
     gpu = emulated_step(family, arch)
-    artifact = compiled(checkpoint(family), quant=FAMILIES[family][1], limits=limits(family).as_dict())
-    with load(artifact) as cpu:
-        expected = cpu.generate(PROMPT, max_new_tokens=5, stop_tokens=[]).tokens
+    expected = cpu_text(compiled, family, 5)
     tokens, reports = gpu.generate(PROMPT, 5, arch)  # odd seeds starve some CTAs, even ones are fair
     assert tokens == expected
     for report in reports:
