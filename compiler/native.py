@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,8 +40,13 @@ def render_native(levels: Sequence[Level], lowered: Lowered, threads: Sequence[i
     return NativeCode({name: source.text for name, source in sources.items()}, tables)
 
 
-def build_native(level: Level, text: str, folder: ArtifactFolder) -> tuple[dict[str, Any], float]:
-    """Compile one level into the artifact; its target entry and the seconds it took."""
+def build_native(
+    level: Level, text: str, folder: ArtifactFolder, reuse: Path | None = None
+) -> tuple[dict[str, Any], float]:
+    """Compile one level into the artifact; its target entry and the seconds it took.
+
+    reuse: a folder of libraries by the digest of their source, to take one from and to leave one in.
+    """
     start = time.perf_counter()
     source, library = (folder.path(f"kernels/{level.name}/step.{suffix}") for suffix in ("cpp", "so"))
     source.write_text(text)
@@ -46,6 +54,19 @@ def build_native(level: Level, text: str, folder: ArtifactFolder) -> tuple[dict[
         "library": f"kernels/{level.name}/step.so",
         "level": level.number,
         "isa": list(level.isa),
-        "compiler": compile_library(source, library, level),
+        "compiler": _compile(source, library, level, reuse),
     }
     return entry, time.perf_counter() - start
+
+
+def _compile(source: Path, library: Path, level: Level, reuse: Path | None) -> str:
+    """`compile_library`, unless the same source was compiled into `reuse` before."""
+    if reuse is None:
+        return compile_library(source, library, level)
+    kept = reuse / f"{hashlib.sha256(source.read_bytes() + level.name.encode()).hexdigest()}.so"
+    if not kept.with_suffix(".txt").exists():
+        version = compile_library(source, library, level)
+        shutil.copy(library, kept)
+        kept.with_suffix(".txt").write_text(version)
+    shutil.copy(kept, library)
+    return kept.with_suffix(".txt").read_text()

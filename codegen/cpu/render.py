@@ -23,7 +23,6 @@ from ...ir.limits import (
     PAGE_RUN,
     PAGE_TOKENS,
     PARTIAL_HEADER,
-    SPLIT_TOKENS,
     STOP_TOKENS,
     Limits,
     kv_tile_bytes,
@@ -34,12 +33,14 @@ from ...ir.ops import Attend, Embed, ExpertLinear
 from ...ir.phases import Phase
 from ...ir.schedule import BUCKETS, Schedule, padded, panel_rows, part_weight, unit_rows
 from ...ir.table import ARGS, FIELDS, RECORD_WORDS, cache_groups, event_count
+from ...ir.tuning import CHOICES
 from ...ir.types import OUTPUTS, Value
 from ..rendering import Bodies, render_bodies, template
 from . import emit
 from .experts import experts_fields
 
 TEMPLATES = Path(__file__).parent / "templates"
+HEADER_CHOICES = ("fetch", "cache_fetch", "panel", "block")  # that templates/tuning.h names
 HEAD_DIM_MAX = 256  # of the attention kernel's stack buffers
 C_TYPES = {"int32": "int32_t", "uint32": "uint32_t", "uint64": "uint64_t", "float32": "float"}
 ACTS = {"q8": "Act::Q8", "bf16": "BF16::ACT", "f32": "Act::F32"}
@@ -75,7 +76,8 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
         align=ALIGN,
         page_tokens=PAGE_TOKENS,
         page_run=PAGE_RUN,
-        split_tokens=SPLIT_TOKENS,
+        split_tokens=limits.split_tokens,
+        choices={n: one.tuning[n] for n in HEADER_CHOICES} | {"split": limits.split_tokens},
         partial_header=PARTIAL_HEADER,
         head_dim_max=HEAD_DIM_MAX,
         max_events=max(event_count(s) for s in schedules.values()),
@@ -119,7 +121,8 @@ def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args
             part = part_of(phase, name)
             fields = experts_fields(phase, part, numbers, stored(graph, phase))
             count = _row_count(part[0].operands[0])
-            return str(template(TEMPLATES, "experts.cpp.j2").render(**common, **fields, row_count=count))
+            more = {"row_count": count, "fetch": phase_fetch(phase)}
+            return str(template(TEMPLATES, "experts.cpp.j2").render(**common, **fields, **more))
         case "rows":
             return _rows(graph, phase, numbers, common)
         case "attend":
@@ -131,6 +134,11 @@ def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args
         case _:
             rules = {"shortest": SHORTEST, "longest": LONGEST, "match_bits": MATCH_BITS}
             return str(template(TEMPLATES, "commit.cpp.j2").render(**common, **rules))
+
+
+def phase_fetch(phase: Phase) -> int:
+    """Bytes from a load of a phase's weights to the prefetch beside it."""
+    return phase.fetch or CHOICES["fetch"].default
 
 
 def _row_count(value: Value) -> str:
@@ -202,6 +210,7 @@ def _linear(graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str,
             **common,
             ops=[str(op) for op in (*part, *ops)],
             format=emit.format_struct(weight.dtype),
+            fetch=phase_fetch(phase),
             k_padded=padded(weight.width),
             unit=phase.unit,
             width=unit_rows(phase, part),

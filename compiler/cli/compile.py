@@ -92,7 +92,7 @@ def command(
     gpus = parse_targets(target, tuple(target_file or ())).gpus
     if speculate == "auto" and gpus:
         speculate = "off"
-    limits = _limits(rows, slots, context, outputs, kv_dtype, speculate)
+    limits = limits_of(rows, slots, context, outputs, kv_dtype, speculate)
     limits = with_fewest_rows(limits) if gpus else limits
     path = find_model(model)
     request = Request(
@@ -161,7 +161,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"{option}: expected one of {listed}, got `{value}`", hint=nearest(value, known))
 
 
-def _limits(
+def limits_of(
     rows: int, slots: int, context: int | None, outputs: int | None, kv_dtype: str, speculate: str
 ) -> Limits:
     from ...runtime.speculate import parse_speculate
