@@ -47,15 +47,9 @@ CHOICES = {
     for c in (
         Choice("threads", CPU, 0, (0, 1, 2, 4, 8, 16), "threads", EVERY,
                "workers of a step where nobody says; 0: one per core", "host"),
-        Choice("fetch", CPU, 1024, (512, 1024, 2048, 4096), "bytes", MATRICES,
-               "from a load of weights to the prefetch beside it", "phase"),
-        Choice("cache_fetch", CPU, 2048, (1024, 2048, 4096), "bytes", ("attend",),
-               "from a load of keys or values to the prefetch beside it"),
-        Choice("ahead", CPU, 16 << 10, (0, 4 << 10, 16 << 10, 64 << 10), "bytes", MATRICES,
-               "of its next weights that a worker asks for before a join"),
-        Choice("panel", CPU, 0, (0, 2, 4, 6), "rows", MATRICES,
+        Choice("panel", CPU, 0, (0, 2, 3, 4, 6, 8), "rows", MATRICES,
                "of activations that one pass over a tile takes where one does not take all; 0: as suits the level"),
-        Choice("block", CPU, 32, (24, 32, 48, 64), "rows", MATRICES,
+        Choice("block", CPU, 32, (24, 30, 32, 48, 64), "rows", MATRICES,
                "that meet a tile before the next tile is read"),
         Choice("few_rows", "both", 0, (0, 1, 4, 8, 16, 32), "rows", EVERY,
                "up to which every worker packs for itself, rows on a GPU meet weights one by one on CUDA cores, and "
@@ -63,6 +57,12 @@ CHOICES = {
                "limits"),
         Choice("split", "both", 256, (128, 256, 512), "tokens", ("attend", "linear"),
                "of an attention split, the least that workers share out", "limits", exact=False),
+        Choice("fetch", CPU, 1024, (512, 1024, 2048, 4096), "bytes", MATRICES,
+               "from a load of weights to the prefetch beside it", "phase"),
+        Choice("cache_fetch", CPU, 2048, (1024, 2048, 4096), "bytes", ("attend",),
+               "from a load of keys or values to the prefetch beside it"),
+        Choice("ahead", CPU, 16 << 10, (0, 4 << 10, 16 << 10, 64 << 10), "bytes", MATRICES,
+               "of its next weights that a worker asks for before a join"),
         Choice("warps", GPU, 8, (4, 8, 16), "warps", EVERY, "of a worker's block"),
         Choice("chunk", GPU, 32, (16, 32, 64), "blocks of 32 k", MATRICES, "in a chunk of the weight stream"),
         Choice("ring", GPU, 8, (2, 3, 4, 6, 8), "chunks", MATRICES, "of the weight stream on their way, at most"),
@@ -126,7 +126,7 @@ def _wrong(key: str, value: Any) -> str:
 
 LIMITS = {  # least, most, and what values are multiples of: what the generators can take
     "threads": (0, 256, 1), "fetch": (0, 1 << 20, 64), "cache_fetch": (0, 1 << 20, 64), "ahead": (0, 16 << 20, 128),
-    "panel": (0, 6, 1), "block": (1, 256, 1), "few_rows": (0, 64, 1), "split": (PAGE_TOKENS, 1 << 16, PAGE_TOKENS),
+    "panel": (0, 8, 1), "block": (1, 256, 1), "few_rows": (0, 64, 1), "split": (PAGE_TOKENS, 1 << 16, PAGE_TOKENS),
     "warps": (4, 16, 4), "chunk": (16, 64, 16), "ring": (2, 8, 1), "ahead_part": (1, 64, 1),
 }  # fmt: skip
 

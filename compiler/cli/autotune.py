@@ -17,6 +17,8 @@ from .words import MODEL_HELP, Json, note, positive, print_json, thread_list
 if TYPE_CHECKING:
     from ..tune.calibrate import Check
     from ..tune.database import Entry
+    from ..tune.measured import Measured
+    from ..tune.modelled import Modelled
     from ..tune.search import Trial
     from ..tune.session import Subject
 
@@ -104,8 +106,7 @@ def _search(what: Subject, tests: list[Any], budget: float, rounds: int, fresh: 
     known, count = len(search.trials()), len(what.degrees())
     note(f"{what.request.model.name} for {what.target}: {count} choices, {known} candidates known")
     with evaluator(what, tests, rounds) as how:
-        floor = how.floor_us()
-        lines = Lines(start + budget, floor)
+        lines = Lines(start + budget, how)
         search.evaluator, search.told = how, lines
         checks = calibrate(how, what) if isinstance(how, Measured) else []
         search.run(budget - (time.monotonic() - start))
@@ -117,15 +118,15 @@ def _search(what: Subject, tests: list[Any], budget: float, rounds: int, fresh: 
 class Lines:
     """Progress: what was tried, the best so far, how near it is to the floor, and the time that is left."""
 
-    def __init__(self, end: float, floor_us: float) -> None:
-        self.end, self.floor_us, self.count = end, floor_us, 0
+    def __init__(self, end: float, how: Measured | Modelled) -> None:
+        self.end, self.how, self.count = end, how, 0
 
     def __call__(self, trial: Trial, best: Trial) -> None:
         self.count += 1
         left = max(0, int(self.end - time.monotonic()))
         said = f"{1 / trial.ratio:.3f}x" if trial.right else trial.result["wrong"]
         us = next((b for _, b in best.result["per_test"].values()), 0.0)
-        floor = f", {100 * self.floor_us / us:.0f} % of the floor" if us else ""
+        floor = f", {100 * self.how.floor_us() / us:.0f} % of the floor" if us else ""
         note(f"[{self.count:3d}] {trial.tuning}: {said}  best {1 / best.ratio:.3f}x ({best.tuning}){floor}  "
              f"{left // 60}:{left % 60:02d} left")  # fmt: skip
 

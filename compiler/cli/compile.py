@@ -12,6 +12,7 @@ from ...ir.limits import Limits, decode_rows, most_drafts
 from .words import MODEL_HELP, Json, PassLines, note, positive, print_json, speculation, thread_list
 
 if TYPE_CHECKING:
+    from ...ir.tuning import Tuning
     from ..driver import Request
     from ..lowering import Dump
 
@@ -65,6 +66,14 @@ def command(
         str, typer.Option(metavar="N,N,..", help="Thread counts to compile for", show_default="1,2,4,8,16 and all",
                           rich_help_panel=LIMITS)
     ] = "",
+    tune: Annotated[
+        str, typer.Option(metavar="cached|none|FILE", help="Choices to compile with: those `autotune` found, the "
+                          "defaults, or a .json of choices and values")
+    ] = "cached",
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write report.html and timelines for ui.perfetto.dev",
+                                  rich_help_panel=INSIDE)
+    ] = None,
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the text after every pass", rich_help_panel=INSIDE)
     ] = None,
@@ -108,11 +117,24 @@ def command(
         pack=weights,
         draft=draft_model(speculate),
         target_files=tuple(target_file or ()),
+        tuning=_tuning(tune),
+        tune=tune,
     )
-    _compile(request, texts, json)
+    _compile(request, texts, json, report)
 
 
-def _compile(request: Request, dump: Dump, json: bool) -> None:
+def _tuning(tune: str) -> Tuning | None:
+    """What a file says; None: the database or the defaults."""
+    from ...ir.tuning import Tuning
+    from ...models.json_file import read_json
+
+    if not tune.endswith(".json"):
+        _one_of("--tune", tune, ("cached", "none"))
+        return None
+    return Tuning.of(read_json(Path(tune)))
+
+
+def _compile(request: Request, dump: Dump, json: bool, report: Path | None) -> None:
     from ..driver import compile_model
 
     seconds: dict[str, float] = {}
@@ -135,6 +157,11 @@ def _compile(request: Request, dump: Dump, json: bool) -> None:
     from ..report import overview, summary_lines
 
     found = overview(Artifact.open(made), read_bandwidth())
+    if report is not None:
+        from ..reports.page import write_report
+
+        found["report"] = str(write_report(Artifact.open(made), report, seconds, found["read_gbps"]))
+        note(f"report     {found['report']}")
     if json:
         print_json({"artifact": str(made), "seconds": seconds, **found})
         return

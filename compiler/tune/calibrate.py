@@ -6,7 +6,7 @@ default's steps at depth 0; the rest is predicted with them. What is left is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from typing import TYPE_CHECKING
@@ -52,8 +52,8 @@ def calibrate(how: Measured, what: Subject) -> list[Check]:
             for depth in (d for d in DEPTHS if d + 16 < limits.context):
                 test = Test("tg", 1, depth)
                 test.run(opened)
-                measured[threads, depth] = min(test.run(opened) for _ in range(3))
-            rates[threads] = opened.read_gbps()
+                measured[threads, depth] = min(test.run(opened) for _ in range(6))
+            rates[threads] = max(opened.read_gbps() for _ in range(3))
     made = {n: _schedule(what, how, n) for n in rates}
     join, clocks = _fit(made, rates, {k: v for k, v in measured.items() if k[1] == 0})
     return [
@@ -81,8 +81,12 @@ def _fit(
 
 
 def _modelled(made: Schedule, gb_s: float, join_us: float, clocks: float, depth: int) -> float:
-    costs = _Same(Cost(clocks * ISSUE_LANES))
-    return model(made, _machine(made.workers, gb_s, join_us), costs, depth).us
+    return model(made, cpu_machine(made.workers, gb_s, join_us), cpu_costs(clocks), depth).us
+
+
+def cpu_costs(clocks: float) -> Mapping[str, Cost]:
+    """Of every body the same: so many clocks of a worker for a weight."""
+    return _Same(Cost(clocks * ISSUE_LANES))
 
 
 class _Same(dict[str, Cost]):
@@ -95,7 +99,7 @@ class _Same(dict[str, Cost]):
         return self.cost
 
 
-def _machine(workers: int, gb_s: float, join_us: float) -> Machine:
+def cpu_machine(workers: int, gb_s: float, join_us: float) -> Machine:
     """A processor as the model sees it: a worker draws its even share alone, activations are in its own cache."""
     any_machine = next(iter(machines().values()))
     return replace(

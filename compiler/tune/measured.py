@@ -1,17 +1,19 @@
 """A processor's candidates, timed on this machine beside the default, turn about, with a verdict on their numbers.
 
 What a test takes is the fastest step of a round: whatever else runs on the machine only slows steps down. Rounds of
-default and candidate alternate, in changing order; a test's ratio is the median over rounds of the pair's.
+default and candidate alternate, in changing order. A test's ratio is that of the quieter half of its rounds, of each;
+where all candidates have one worker, of seconds of the processor, which others do not lengthen.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import numpy as np
 
@@ -24,7 +26,10 @@ from ..driver import Request, compile_imported
 from .result import Result, geometric_mean
 
 STEPS = 8  # of a decoding round
-FIRST_ROUNDS, HOPELESS = 3, 1.1  # after so many rounds a candidate so much slower is given up
+READS = 12
+LEAST_SECONDS = 0.4  # that a test of a candidate is given, however short its steps are
+MOST_ROUNDS = 60
+FIRST_ROUNDS, HOPELESS = 3, 1.25  # after so many rounds a candidate so much slower is given up
 CLOSE = 1e-3  # relative error of logits, for choices that change the order of sums
 
 
@@ -49,11 +54,14 @@ class Test:
     def __str__(self) -> str:
         return f"{self.kind}{self.rows}" + (f"@{self.depth}" if self.depth else "")
 
-    def run(self, model: Model) -> float:
-        """Microseconds of a step."""
+    def run(self, model: Model, alone: bool = False) -> float:
+        """Microseconds of a step, the fastest of some; `alone`: of the processor's time, the mean."""
+        start = time.process_time()
         if self.kind == "pp":
-            return 1e6 * model.bench_prefill(self.rows)
-        return 1e6 * min(model.bench_decode(STEPS, self.depth, self.rows))
+            us = 1e6 * model.bench_prefill(self.rows)
+        else:
+            us = 1e6 * min(model.bench_decode(STEPS, self.depth, self.rows))
+        return 1e6 * (time.process_time() - start) / (1 if self.kind == "pp" else STEPS) if alone else us
 
 
 class Measured:
@@ -68,16 +76,21 @@ class Measured:
         self._imported, self._folder = imported, folder
         self._request = replace(request, reuse=folder, tuning=UNTUNED)
         self.tests, self._rounds = tests, rounds
+        self._alone = set(request.workers) == {1}
         folder.mkdir(parents=True, exist_ok=True)
         self.default = self._open(UNTUNED, "default")
         self._logits = self._numbers(self.default)
         for test in tests:
             test.run(self.default)
-        self.read_gbps = self.default.read_gbps()
+        self.read_gbps = self._bandwidth()
 
     def close(self) -> None:
         self.default.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _bandwidth(self) -> float:
+        """What the default's threads read at best: others on the machine only take from it."""
+        return max(self.default.read_gbps() for _ in range(READS))
 
     @property
     def artifact(self) -> Path:
@@ -86,7 +99,7 @@ class Measured:
 
     def default_us(self) -> float:
         """A step of the first test, as it is now."""
-        return median(self.tests[0].run(self.default) for _ in range(self._rounds))
+        return quiet(self.tests[0].run(self.default, self._alone) for _ in range(self._rounds))
 
     def floor_us(self) -> float:
         """Reading what the first test reads at the bandwidth measured at the start: microseconds of a step."""
@@ -101,6 +114,7 @@ class Measured:
         model = self._open(tuning, "candidate")
         try:
             wrong = self._verdict(tuning, model)
+            self.read_gbps = max(self.read_gbps, self._bandwidth())
             return Result(9.0, wrong=wrong) if wrong else self._timed(model, rounds or self._rounds)
         finally:
             model.close()
@@ -111,18 +125,25 @@ class Measured:
         return load(output, kv_tokens=None)
 
     def _timed(self, model: Model, rounds: int) -> Result:
-        found: dict[str, list[tuple[float, float]]] = {str(test): [] for test in self.tests}
-        for test in self.tests:
-            test.run(model)
-        for i in range(rounds):
-            for test in self.tests:
-                pair = [test.run(m) for m in ((self.default, model) if i % 2 else (model, self.default))]
-                found[str(test)].append((pair[0], pair[1]) if i % 2 else (pair[1], pair[0]))
-            if i + 1 == FIRST_ROUNDS and _ratio(found) > HOPELESS:
+        found = {str(test): self._pairs(test, model, rounds) for test in self.tests}
+        ratios = {name: quiet(b for _, b in pairs) / quiet(a for a, _ in pairs) for name, pairs in found.items()}
+        per_test = {name: (quiet(a for a, _ in p), quiet(b for _, b in p)) for name, p in found.items()}
+        medians = {name: median(b / a for a, b in pairs) for name, pairs in found.items()}
+        notes = {"paired_medians": medians, "rounds": {name: len(pairs) for name, pairs in found.items()}}
+        return Result(geometric_mean(list(ratios.values())), per_test, ratios, noise=_noise(found), notes=notes)
+
+    def _pairs(self, test: Test, model: Model, rounds: int) -> list[tuple[float, float]]:
+        """Microseconds of the default and of a candidate, round by round; at least LEAST_SECONDS of them."""
+        test.run(model)
+        pairs: list[tuple[float, float]] = []
+        end = time.monotonic() + LEAST_SECONDS
+        while len(pairs) < rounds or (time.monotonic() < end and len(pairs) < MOST_ROUNDS):
+            turn = (self.default, model) if len(pairs) % 2 else (model, self.default)
+            first, second = (test.run(m, self._alone) for m in turn)
+            pairs.append((first, second) if len(pairs) % 2 else (second, first))
+            if len(pairs) == FIRST_ROUNDS and min(b for _, b in pairs) > HOPELESS * max(a for a, _ in pairs):
                 break
-        ratios = {name: median(b / a for a, b in pairs) for name, pairs in found.items()}
-        per_test = {n: (median(a for a, _ in p), median(b for _, b in p)) for n, p in found.items()}
-        return Result(geometric_mean(list(ratios.values())), per_test, ratios, noise=_noise(found))
+        return pairs
 
     # ---- the verdict ------------------------------------------------------------------------------------------
 
@@ -147,18 +168,17 @@ class Measured:
         return ""
 
 
-def _ratio(found: dict[str, list[tuple[float, float]]]) -> float:
-    return geometric_mean([median(b / a for a, b in pairs) for pairs in found.values()])
+def quiet(values: Iterable[float]) -> float:
+    """The median of the lower half: of rounds that others disturbed least."""
+    ordered = sorted(values)
+    return median(ordered[: -(-len(ordered) // 2)])
 
 
 def _noise(found: dict[str, list[tuple[float, float]]]) -> float:
-    """Half the distance between quartiles of the pairs' ratios over the root of their number, the largest test's."""
+    """How much the ratio of a test would be off by chance, the worst test's: from its rounds in two halves."""
     worst = 0.0
     for pairs in found.values():
-        ratios = [b / a for a, b in pairs]
-        if len(ratios) > 1:
-            low, _, high = quantiles(ratios, n=4)
-            worst = max(worst, (high - low) / 2 / len(ratios) ** 0.5)
+        halves = [pairs[i::2] for i in (0, 1)] if len(pairs) >= 4 else []
+        ratios = [quiet(b for _, b in half) / quiet(a for a, _ in half) for half in halves]
+        worst = max(worst, abs(ratios[0] - ratios[1]) / 2 if ratios else 0.0)
     return worst
-
-

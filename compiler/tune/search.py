@@ -1,8 +1,8 @@
 """Candidates one after the other until the budget is spent, each told to a journal the moment it is known.
 
-First every value of every degree alone, beside the best so far, dearest degrees first; then Optuna's tree-structured
-Parzen estimator over all of them. What was evaluated before, by this process, one that was killed, or one that runs
-now, is taken from the journal instead of evaluated again.
+First every value of every degree alone, beside the best so far, degrees that all phases feel before those of one phase;
+then Optuna's tree-structured Parzen estimator over all of them. What was evaluated before, by this process, one that
+was killed, or one that runs now, is taken from the journal instead of evaluated again.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Search:
     def _candidates(self) -> Iterator[dict[str, int]]:
         default = {d.key: d.default for d in self.degrees}
         yield default
-        for degree in self.degrees:
+        for degree in sorted(self.degrees, key=lambda d: d.choice.home == "phase"):
             for value in degree.values[1:]:
                 yield self._values(self.best().tuning) | {degree.key: value}
         known = 0
@@ -154,5 +154,5 @@ def open_study(path: Path, name: str, fresh: bool = False) -> Study:
         name = f"{name}-{time.time_ns():x}"
     return optuna.create_study(
         study_name=name, storage=storage, direction="minimize", load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(multivariate=True, n_startup_trials=1, warn_independent_sampling=False),
+        sampler=optuna.samplers.TPESampler(n_startup_trials=1),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from ...ir.limits import Limits
 from ...ir.tuning import UNTUNED, Tuning
 from ...models.importer import Imported
 from ...passes import Options
-from ..build import Level, host_level
+from ..build import Level, host_flags
 from ..driver import Request, import_model, quantization, request_targets, silent, thread_counts
 from ..gpu import refuse_formats, with_fewest_rows
 from ..lowering import Dump, run_graph_passes
@@ -60,7 +60,7 @@ class Subject:
         return f"{self.key}-{self.target}-{self.environment['machine']}"
 
     def degrees(self) -> list[Degree]:
-        return space(self.program, self.limits, self.place)
+        return space(self.program, self.limits, self.place, self.request.workers)
 
     def clash(self, tuning: Tuning) -> str:
         return clash(tuning, self.program, self.limits, self.place)
@@ -73,7 +73,7 @@ def subject(request: Request) -> Subject:
     if len(places) != 1:
         raise UsageError(f"--target: expected one target to tune for, got {', '.join(p.name for p in places)}")
     place = places[0]
-    if isinstance(place, Level) and not set(place.isa) <= set(host_level().isa):
+    if isinstance(place, Level) and not set(place.isa) <= host_flags():
         raise UsageError(
             f"--target: expected a processor that this machine can stand for, got `{place.name}`",
             hint="processors are measured, not modelled: run autotune where the model is to run",

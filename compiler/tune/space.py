@@ -7,7 +7,7 @@ the limits are; each says why, for `--explain`. `clash` refuses combinations tha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...codegen.triton.build import stages
@@ -23,7 +23,7 @@ from ...ir.tuning import CHOICES, CPU, GPU, Choice, Tuning
 from ..build import Level
 from ..machines import Machine
 
-PANEL_MOST = {2: 6, 1: 2, 0: 2}  # rows that the registers of a level hold (linear_act.h)
+PANEL_USUAL = {2: 6, 1: 2, 0: 2}  # rows that the registers of a level hold (linear_act.h)
 GATHERED = 32  # rows that experts gather at a time
 
 
@@ -48,8 +48,11 @@ class Degree:
         return self.choice.default
 
 
-def space(program: Program, limits: Limits, place: Level | Machine) -> list[Degree]:
-    """Every degree of freedom of a fused and tiled program on a processor or a GPU; those with one value as well."""
+def space(program: Program, limits: Limits, place: Level | Machine, workers: Sequence[int] = ()) -> list[Degree]:
+    """Every degree of freedom of a fused and tiled program on a processor or a GPU; those with one value as well.
+
+    workers: the thread counts of a processor to choose from.
+    """
     kind = CPU if isinstance(place, Level) else GPU
     found = []
     for choice in CHOICES.values():
@@ -58,6 +61,9 @@ def space(program: Program, limits: Limits, place: Level | Machine) -> list[Degr
         groups = _phase_keys(choice.name, program) if choice.home == "phase" else [((choice.name,), None)]
         for keys, phase in groups:
             pruned = {v: why for v in choice.values if (why := _rule(choice, v, phase, program, limits, place))}
+            if choice.name == "threads":
+                pruned |= {v: f"compiled for {', '.join(map(str, workers))} threads" for v in choice.values
+                           if v not in pruned and (v not in workers or len(workers) == 1)}  # fmt: skip
             pruned.pop(choice.default, None)
             left = [v for v in choice.values if v not in pruned and v != choice.default]
             found.append(Degree(keys, choice, (choice.default, *left), pruned))
@@ -89,7 +95,7 @@ def _rule(
     if choice.name == "split" and value > limits.context:
         return f"a context of {limits.context} tokens is less than one split"
     if isinstance(place, Level):
-        return _cpu_rule(choice.name, value, phase, program, place)
+        return _cpu_rule(choice.name, value, phase, program)
     return _gpu_rule(choice.name, value, program, place)
 
 
@@ -103,12 +109,10 @@ def _few_rows(value: int, limits: Limits, place: Level | Machine) -> str:
     return ""
 
 
-def _cpu_rule(name: str, value: int, phase: Phase | None, program: Program, level: Level) -> str:
+def _cpu_rule(name: str, value: int, phase: Phase | None, program: Program) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if name == "threads" and value > cores:
         return f"this machine has {cores} cores: workers that share one wait for each other"
-    if name == "panel" and value > PANEL_MOST[level.number]:
-        return f"the registers of {level.name} hold {PANEL_MOST[level.number]} rows"
     if name == "block" and any(p.anchor_kind == "experts" for g in program.graphs for p in g.phases):
         return f"experts gather {GATHERED} rows at a time"
     if name == "fetch" and phase is not None:
@@ -162,7 +166,7 @@ def clash(tuning: Tuning, program: Program, limits: Limits, place: Level | Machi
 def _clashes(tuning: Tuning, program: Program, limits: Limits, place: Level | Machine) -> Iterator[str]:
     if isinstance(place, Level):
         panel = tuning["panel"] or (4 if place.number == 2 else 2)
-        if tuning["block"] % panel or tuning["block"] <= PANEL_MOST[place.number]:
+        if tuning["block"] % panel or tuning["block"] <= max(panel, PANEL_USUAL[place.number]):
             yield f"a block of {tuning['block']} rows is not whole panels of {panel}"
         return
     lanes, threads = 8 * tuning["chunk"], 32 * tuning["warps"]
