@@ -125,7 +125,7 @@ class Lines:
         self.count += 1
         left = max(0, int(self.end - time.monotonic()))
         said = f"{1 / trial.ratio:.3f}x" if trial.right else trial.result["wrong"]
-        us = next((b for _, b in best.result["per_test"].values()), 0.0)
+        us = next((b for name, (_, b) in best.result["per_test"].items() if name.startswith("tg")), 0.0)
         floor = f", {100 * self.how.floor_us() / us:.0f} % of the floor" if us else ""
         note(f"[{self.count:3d}] {trial.tuning}: {said}  best {1 / best.ratio:.3f}x ({best.tuning}){floor}  "
              f"{left // 60}:{left % 60:02d} left")  # fmt: skip

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...ir.schedule import Schedule
+from ...ir.schedule import BUCKETS, Schedule
+from ...passes import SCHEDULE_PASSES, schedule
 from ...runtime.artifact import Artifact
 from .. import gpu_report
 from ..machines import machine_for
@@ -80,24 +81,34 @@ def _targets(artifact: Artifact, gbps: float) -> Iterator[TargetView]:
 def _gpu(artifact: Artifact, name: str) -> TargetView:
     view = gpu_report.find_target(artifact, name)
     assert view is not None
-    step = gpu_report.modelled(view, 0)
+    kernels = gpu_report.reports(view)
+    step = gpu_report.modelled(view, 0, kernels)
     resources = [
         {"bucket": r["bucket"], "body": b["function"], "format": b["format"] or "", "warps": r["warps"],
          "registers": r["registers"], "spills": r["spills"], "shared": r["shared"],
          "per_weight": min((x["per_weight"] for x in b["loops"]), default=None), "budget": b["issue_budget"]}
-        for r in gpu_report.mix(view) for b in r["branches"]
+        for r in gpu_report.mix(view, kernels) for b in r["branches"]
     ]  # fmt: skip
     peak = 2e6 * machine_for(view.machine.name).fp32_tflops
     return TargetView(name, step, gpu_report.target_schedule(view), peak, resources, _phases(artifact, step))
 
 
 def _cpu(artifact: Artifact, name: str, entry: Mapping[str, Any], gbps: float) -> TargetView:
-    made = stored_schedule(artifact)
+    made = _cpu_schedule(artifact)
     machine = cpu_machine(made.workers, gbps, CPU_JOIN_US)
     step = model(made, machine, cpu_costs(CPU_CLOCKS))
     peak = made.workers * machine.boost_mhz * 2 / CPU_CLOCKS
     resources = [{"compiler": entry["compiler"], "level": entry["level"], "library": entry["library"]}]
     return TargetView(name, step, made, peak, resources, _phases(artifact, step))
+
+
+def _cpu_schedule(artifact: Artifact) -> Schedule:
+    """Of as many threads as the artifact would run on here; the stored text may be of a GPU's workers."""
+    stored = stored_schedule(artifact)
+    made = schedule(stored.program, artifact.manifest.limits, BUCKETS[0], artifact.pick_threads(), stored.tuning)
+    for _, change in SCHEDULE_PASSES:
+        made = change(made)
+    return made
 
 
 def _phases(artifact: Artifact, step: StepModel) -> list[Row]:
