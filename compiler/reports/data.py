@@ -114,6 +114,9 @@ def _cpu_schedule(artifact: Artifact) -> Schedule:
 def _phases(artifact: Artifact, step: StepModel) -> list[Row]:
     """The model's rows with operations beside bytes."""
     work = {(r["section"], r["phase"]): r for r in phases(artifact, 1.0, 0)}
-    return [r | {"operations": work[r["section"], r["phase"]]["operations"]} for r in gpu_report.phases(step)]
+    return [
+        r | {"operations": work[r["section"], r["phase"]]["operations"], "percent": f"{100 * r['share']:.1f} %"}
+        for r in gpu_report.phases(step)
+    ]
 
 

@@ -52,7 +52,7 @@ def calibrate(how: Measured, what: Subject) -> list[Check]:
             for depth in (d for d in DEPTHS if d + 16 < limits.context):
                 test = Test("tg", 1, depth)
                 test.run(opened)
-                measured[threads, depth] = min(test.run(opened) for _ in range(6))
+                measured[threads, depth] = min(test.run(opened, threads == 1) for _ in range(6))
             rates[threads] = max(opened.read_gbps() for _ in range(3))
     made = {n: _schedule(what, how, n) for n in rates}
     join, clocks = _fit(made, rates, {k: v for k, v in measured.items() if k[1] == 0})

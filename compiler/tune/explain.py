@@ -72,7 +72,7 @@ def _why(best: Trial, others: Sequence[Trial], where: str) -> str:
     """Beside the best candidate without the value, and what bounds the phase where that is known."""
     found = []
     if others:
-        found.append(f"{100 * (best.ratio / others[0].ratio - 1):+.1f} % beside the best of other values")
+        found.append(_beside(best.ratio, others[0].ratio))
     notes = best.result.get("notes", {})
     if "bounds" in notes and where in notes["bounds"]:
         found.append(f"bound by {notes['bounds'][where]}")
@@ -85,6 +85,14 @@ def _why(best: Trial, others: Sequence[Trial], where: str) -> str:
     if noise := best.result.get("noise"):
         found.append(f"noise {100 * noise:.1f} %")
     return "; ".join(found)
+
+
+def _beside(mine: float, other: float) -> str:
+    """Of times: how much longer or shorter."""
+    if abs(mine / other - 1) < 0.0005:
+        return "no different from the best candidate with another value"
+    word = "slower" if mine > other else "faster"
+    return f"{100 * abs(mine / other - 1):.1f} % {word} than the best candidate with another value"
 
 
 def _row(degree: Degree, value: int, verdict: str, why: str) -> Row:

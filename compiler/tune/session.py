@@ -129,8 +129,8 @@ def conclude(what: Subject, how: Measured | Modelled, search: Search) -> tuple[E
         if trial.tuning == UNTUNED or not trial.right or trial.ratio >= 1:
             break
         result = trial.result
-        if isinstance(how, Measured):
-            result = how.evaluate(trial.tuning, CONFIRM).as_dict()
+        if how.how == "measured":
+            result = how.evaluate(trial.tuning, CONFIRM).as_dict()  # type: ignore[call-arg]
         limit = 1 + SLOWER + 2 * result["noise"]
         if result["ratio"] < 1 - result["noise"] and max(result["ratios"].values()) <= limit:
             winner, per_test = Trial(trial.tuning, result["ratio"], result), result["per_test"]
