@@ -192,6 +192,16 @@ def test_a_search_that_is_killed_loses_nothing_and_nothing_is_evaluated_twice(tm
     assert rest.asked == []
 
 
+def test_a_value_that_clashes_is_tried_beside_one_that_it_does_not_clash_with(tmp_path: Path) -> None:
+    planted = Planted(die_after=3)
+    made = search(planted, tmp_path / "journal.log")
+    made.degrees = degrees()[::-1]
+    made.clash = lambda tuning: "no" if tuning["panel"] == 6 and tuning["block"] == 32 else ""
+    with pytest.raises(SystemExit):
+        made.run(60)
+    assert planted.asked[2] == Tuning.of({"panel": 6, "block": 48})
+
+
 def test_ctrl_c_keeps_what_was_found(tmp_path: Path) -> None:
     class Stopped(Planted):
         def evaluate(self, tuning: Tuning, rounds: int = 0) -> Result:
@@ -315,7 +325,8 @@ class Uncompiled(modelled.Modelled):
 
 def test_a_model_tells_choices_apart_by_phase() -> None:
     program = tiny("llama", "q4_0", hidden=1024, ffn=4096, heads=16, kv_heads=8, head_dim=64).lowered
-    made = Uncompiled(program, Limits(context=8192, few_rows=4), machine_for("h100"))
+    machine = replace(machine_for("h100"), boundary_us=5.0)
+    made = Uncompiled(program, Limits(context=8192, few_rows=4), machine)
     finer = made.evaluate(Tuning.of({"split": 128}))
     attends = {name: pair for name, pair in finer.per_phase.items() if name.endswith(".attend")}
     assert attends.keys() >= {"global.attend"}

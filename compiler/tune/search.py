@@ -56,11 +56,14 @@ class Search:
     told: Callable[[Trial, Trial], None]
 
     def run(self, budget: float) -> list[Trial]:
-        """Search for `budget` seconds or until nothing new is left, or until Ctrl-C; all trials, the best first."""
+        """Search for `budget` seconds or until nothing new is left, or until Ctrl-C; all trials, the best first.
+
+        The default is evaluated in any case.
+        """
         end = time.monotonic() + budget
         try:
-            for values in self._candidates():
-                if time.monotonic() >= end:
+            for i, values in enumerate(self._candidates()):
+                if i and time.monotonic() >= end:
                     break
                 self._try(values)
         except KeyboardInterrupt:
@@ -84,7 +87,7 @@ class Search:
         yield default
         for degree in sorted(self.degrees, key=lambda d: d.choice.home == "phase"):
             for value in degree.values[1:]:
-                yield self._values(self.best().tuning) | {degree.key: value}
+                yield self._repaired(self._values(self.best().tuning) | {degree.key: value}, degree)
         known = 0
         while known < SAME_AGAIN:
             before = len(self._known())
@@ -93,6 +96,13 @@ class Search:
             yield values
             self.study.tell(trial, self._known()[self.tuning(values)].ratio if self._is_known(values) else WRONG)
             known = known + 1 if len(self._known()) == before else 0
+
+    def _repaired(self, values: dict[str, int], kept: Degree) -> dict[str, int]:
+        """The same with one other value changed, where they clash as they are and would not then."""
+        if not self.clash(self.tuning(values)):
+            return values
+        changed = (values | {d.key: v} for d in self.degrees if d is not kept for v in d.values)
+        return next((c for c in changed if not self.clash(self.tuning(c))), values)
 
     def _values(self, tuning: Tuning) -> dict[str, int]:
         chosen = tuning.as_dict()
