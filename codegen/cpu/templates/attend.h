@@ -12,17 +12,10 @@
 #pragma once
 #include <type_traits>
 
-#include "attend_partial.h"
+#include "attend_query.h"
 
-constexpr int SPLIT_TOKENS = 256, PAGE_BLOCKS = PAGE_TOKENS / 16;
+constexpr int PAGE_BLOCKS = PAGE_TOKENS / 16;
 constexpr int QUERIES_MAX = OL_LEVEL == 2 ? 6 : OL_LEVEL == 1 ? 4 : 2;  // queries of one pass
-constexpr int AHEAD = 2048;  // bytes between a load and the prefetch beside it
-
-struct Query {
-  const float* x;  // [head_dim], times softmax_scale * log2(e)
-  float* partial;  // [partial_floats(head_dim)]
-  int lo, hi;      // visible tokens lo..hi-1
-};
 
 // ---- one pass: NQ queries over the tiles of one split -------------------------------------------
 
@@ -257,9 +250,6 @@ void attend_some(const KvHead& kv, const Query* queries, int n, int split) {
   else if constexpr (NQ > 1) attend_some<KV, NQ - 1>(kv, queries, n, split);
 }
 
-// Queries of any number, all of one slot and kv head, over splits split_begin..split_end-1, folded into
-// their partials (which `begin` starts). With many rows a worker gives all splits of the context at once;
-// with few rows one split per call, and whoever needs the row folds the partials later: the same bits.
 template <class KV>
 void attend_row_group(const KvHead& kv, const Query* queries, int n, int split_begin, int split_end) {
   const int passes = (n + QUERIES_MAX - 1) / QUERIES_MAX;
