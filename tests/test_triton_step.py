@@ -12,7 +12,7 @@ import ast
 import numpy as np
 import pytest
 import torch
-from emulated import PROMPT, cpu_text, each_step, emulated_step, emulator
+from emulated import PROMPT, cpu_text, each_family, each_step, emulated_step, emulator
 from ptx_spelled import spelled_out
 
 from onelaunch.codegen.triton.formats import READERS, body_word_count, body_words, reader, tile_words, trailer_words
@@ -62,7 +62,7 @@ def test_each_word_of_codes_is_read_exactly_once_per_decode_step(family, arch):
         assert (read >= 1).all(), weight.key  # blocks share a lead
 
 
-@each_step
+@each_family
 def test_other_rows_of_a_step_change_no_bit_of_a_rows_logits(family, arch):
     """Of the same bucket: there a row's sums are in an order of their own."""
     gpu = emulated_step(family, arch)
@@ -95,7 +95,7 @@ def test_a_launch_that_finds_a_fault_changes_nothing(family, arch, bucket):
     assert not any(report.bytes_written.values())
 
 
-@each_step
+@each_family
 def test_a_step_without_rows_turns_the_epoch_and_commits_nothing(family, arch):
     """A captured graph is launched a few times more than there are steps to take."""
     gpu = emulated_step(family, arch)
@@ -113,7 +113,7 @@ def test_a_step_without_rows_turns_the_epoch_and_commits_nothing(family, arch):
     assert not gpu.faulted()
 
 
-@each_step
+@each_family
 def test_the_generated_module_reads_as_python_and_names_no_machine(family, arch):
     tree = ast.parse(emulated_step(family, arch).source.text)
     functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
