@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any, ClassVar, dataclass_transform
 
 from .errors import Span, expect
@@ -36,11 +37,11 @@ class Op:
 
     @classmethod
     def operand_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in _own_fields(cls) if f.type in OPERANDS)
+        return _field_names(cls, True)
 
     @classmethod
     def attribute_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in _own_fields(cls) if f.type not in OPERANDS)
+        return _field_names(cls, False)
 
     @classmethod
     def named(cls, operands: Sequence[Value]) -> dict[str, Value]:
@@ -53,7 +54,7 @@ class Op:
         )
         return dict(zip(names, operands, strict=False))
 
-    @property
+    @cached_property
     def operands(self) -> tuple[Value, ...]:
         found = (getattr(self, name) for name in self.operand_names())
         return tuple(value for value in found if value is not None)
@@ -76,6 +77,11 @@ class Op:
 
 def _own_fields(cls: type[Op]) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(cls) if f.name not in ("out", "at")]
+
+
+@cache
+def _field_names(cls: type[Op], operands: bool) -> tuple[str, ...]:
+    return tuple(f.name for f in _own_fields(cls) if (f.type in OPERANDS) == operands)
 
 
 @dataclass_transform(frozen_default=True)
