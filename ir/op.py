@@ -80,7 +80,7 @@ def _own_fields(cls: type[Op]) -> list[dataclasses.Field[Any]]:
 
 
 @cache
-def _field_names(cls: type[Op], operands: bool) -> tuple[str, ...]:
+def _field_names(cls: Any, operands: bool) -> tuple[str, ...]:
     return tuple(f.name for f in _own_fields(cls) if (f.type in OPERANDS) == operands)
 
 
