@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, ClassVar, dataclass_transform
 
 from .errors import Span, expect
@@ -26,6 +26,8 @@ class Op:
     """One equation: `out = name(operands, attributes)`."""
 
     name: ClassVar[str]
+    _operand_names: ClassVar[tuple[str, ...]]
+    _attribute_names: ClassVar[tuple[str, ...]]
     out: Value
     at: Span | None = field(default=None, compare=False, repr=False, kw_only=True)
 
@@ -37,11 +39,11 @@ class Op:
 
     @classmethod
     def operand_names(cls) -> tuple[str, ...]:
-        return _field_names(cls, True)
+        return cls._operand_names
 
     @classmethod
     def attribute_names(cls) -> tuple[str, ...]:
-        return _field_names(cls, False)
+        return cls._attribute_names
 
     @classmethod
     def named(cls, operands: Sequence[Value]) -> dict[str, Value]:
@@ -79,15 +81,13 @@ def _own_fields(cls: type[Op]) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(cls) if f.name not in ("out", "at")]
 
 
-@cache
-def _field_names(cls: Any, operands: bool) -> tuple[str, ...]:
-    return tuple(f.name for f in _own_fields(cls) if (f.type in OPERANDS) == operands)
-
-
 @dataclass_transform(frozen_default=True)
 def op(cls: type) -> type:
     """Make `cls` a frozen dataclass and register it under its snake_case name."""
     made: Any = dataclass(frozen=True)(cls)
     made.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+    fields = _own_fields(made)
+    made._operand_names = tuple(f.name for f in fields if f.type in OPERANDS)
+    made._attribute_names = tuple(f.name for f in fields if f.type not in OPERANDS)
     OPS[made.name] = made
     return made
