@@ -147,7 +147,10 @@ def _report(
         columns = [("test", "left"), *((name, "right") for name in names), ("", "left")]
         cells = [[c.test, str(c.threads), f"{c.measured_us:.0f}", f"{c.modelled_us:.0f}", f"{100 * c.error:+.0f} %",
                   "fitted" if c.fitted else ""] for c in checks]  # fmt: skip
-        table("the step model beside measurement, on this processor", columns, cells)
+        from ..tune.calibrate import mean_error
+
+        title = f"the step model on this processor: {100 * mean_error(checks):.1f} % off where it was not fitted"
+        table(title, columns, cells)
     if segments:
         better = min(segments, key=lambda name: segments[name])
         times = ", ".join(f"{name} {us:.0f} us" for name, us in segments.items())

@@ -17,7 +17,7 @@ from ...runtime import load
 from ..machines import ISSUE_LANES, Machine, machines
 from ..step_model import model
 from ..step_work import Cost
-from .measured import Measured, Test
+from .measured import Measured, Test, read_gbps
 
 if TYPE_CHECKING:
     from .session import Subject
@@ -53,7 +53,7 @@ def calibrate(how: Measured, what: Subject) -> list[Check]:
                 test = Test("tg", 1, depth)
                 test.run(opened)
                 measured[threads, depth] = min(test.run(opened, threads == 1) for _ in range(6))
-            rates[threads] = max(opened.read_gbps() for _ in range(3))
+            rates[threads] = max(read_gbps(opened, threads == 1) for _ in range(6))
     made = {n: _schedule(what, how, n) for n in rates}
     join, clocks = _fit(made, rates, {k: v for k, v in measured.items() if k[1] == 0})
     return [
