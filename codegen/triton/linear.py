@@ -16,7 +16,7 @@ from ...ir.bodies import UNIT_ROWS
 from ...ir.formats import FORMATS
 from ...ir.limits import Limits
 from ...ir.schedule import STRATEGIES
-from ...ir.tuning import Tuning
+from ...ir.tuning import UNTUNED, Tuning
 from ..rendering import template
 from .dots import PANEL, QUAD, Ahead, Dots, load_asm, scale_names, word_names
 from .formats import (
@@ -132,7 +132,7 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool, tuning: Tuning) -> str:
+def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool, tuning: Tuning = UNTUNED) -> str:
     """The functions that multiply one packed tile of a format with up to `rows` rows in a bucket.
 
     In the bucket that walks the weight stream: of tiles that are `streamed`, and of experts', `held` in registers.
