@@ -15,6 +15,7 @@ from ..ir.phases import Phase
 from ..ir.schedule import Schedule, packed_name, part_experts, parts
 from ..ir.schedule_text import parse_schedule, show_task
 from ..ir.text import parse_program
+from ..ir.types import seen_tokens
 from ..runtime.artifact import Artifact
 
 Row = dict[str, Any]
@@ -170,8 +171,8 @@ def _active(part: tuple[Op, ...], size: int) -> int:
 
 
 def _seen(phase: Phase, depth: int) -> int:
-    window = next((op.kv.cache.window for op in phase.anchor if isinstance(op, Attend)), 0)
-    return min(depth + 1, window or depth + 1)
+    caches = [op.kv.cache for op in phase.anchor if isinstance(op, Attend)]
+    return seen_tokens(depth, caches[0].window, caches[0].sinks) if caches else depth + 1
 
 
 def _cache_bytes(phase: Phase, depth: int, kv_bytes: int) -> int:
