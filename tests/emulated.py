@@ -55,9 +55,10 @@ def emulator():
     return ptxemu
 
 
-def cpu_text(compiled: ArtifactCache, family: str, count: int) -> list[int]:
+def cpu_text(compiled: ArtifactCache, family: str, count: int, window: int = 0, sinks: int = 0) -> list[int]:
     """What the CPU target says after PROMPT."""
-    artifact = compiled(checkpoint(family), quant=FAMILIES[family][1], limits=limits(family).as_dict())
+    bounds = {"window": window, "sinks": sinks}
+    artifact = compiled(checkpoint(family), quant=FAMILIES[family][1], limits=limits(family).as_dict(), **bounds)
     with load(artifact) as cpu:
         return list(cpu.generate(PROMPT, max_new_tokens=count, stop_tokens=[]).tokens)
 

@@ -200,7 +200,7 @@ struct Pass {
 
   // One tile, of which a query sees what `see` says; `next` is read after it.
   template <class See>
-  OL_INLINE void attend(const uint8_t* k, const uint8_t* next, See see) {
+  void attend(const uint8_t* k, const uint8_t* next, See see) {
     int lo = PAGE_TOKENS, hi = 0;
     for (int q = 0; q < NQ; ++q) {
       seen[q] = see(queries[q]);

@@ -1,0 +1,192 @@
+"""First tokens kept under a window: what a row sees is transformers' attention under that mask, whatever else happens.
+
+One artifact has all that touches them: layers without a window beside windowed ones, two splits of 256 tokens, rings
+that wrap many times, drafts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from onelaunch.compiler.driver import Request, compile_model
+from onelaunch.ir.errors import UsageError
+from onelaunch.ir.limits import PAGE_TOKENS, Limits
+from onelaunch.ir.schedule import BUCKETS
+from onelaunch.ir.text import parse, show
+from onelaunch.ir.types import CacheType
+from onelaunch.ir.validate import validate
+from onelaunch.models.window import with_window
+from onelaunch.runtime import Model, load
+from onelaunch.tests.checkpoints import save_random
+from onelaunch.tests.compiled import ArtifactCache, all_logits, relative_errors
+from onelaunch.tests.test_vm import GREEDY, Pair
+from onelaunch.tests.tiny import tiny
+
+WINDOW, SINKS, LENGTH = 33, 5, 440
+THREADS = (1, 2, 4)
+LIMITS: dict[str, Any] = {"rows": 48, "slots": 3, "context": 512, "outputs": 48, "kv_dtype": "f32", "drafts": 2}
+CONFIG = {
+    "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 64,
+}  # fmt: skip
+SOME = {
+    **CONFIG, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32,
+    "query_pre_attn_scalar": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+pytestmark = pytest.mark.xdist_group("sinks")
+
+
+def mask(n: int, window: int, sinks: int) -> torch.Tensor:
+    """What is added to the scores of n rows, [1, 1, n, n]: written down from the definition of what they see."""
+    row, key = torch.arange(n)[:, None], torch.arange(n)[None]
+    seen = (key <= row) & ((key > row - (window or n)) | (key < sinks))
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A compiled model, its checkpoint in transformers, and the sizes of its windowed layers."""
+
+    artifact: Path
+    model: Model
+    hf: torch.nn.Module
+    prompt: list[int]
+    window: int
+    sinks: int
+
+    @torch.no_grad()
+    def expected(self, tokens: list[int]) -> np.ndarray:
+        own, n = mask(len(tokens), self.window, self.sinks), len(tokens)
+        some = self.hf.config.model_type == "gemma3_text"
+        seen: Any = {"sliding_attention": own, "full_attention": mask(n, 0, 0)} if some else own
+        return self.hf(torch.tensor([tokens]), attention_mask=seen).logits[0].numpy()
+
+
+CASES = {
+    # Trained with a window: --sinks 5. Of other layers nothing changes.
+    "gemma3": ("gemma3_text", SOME, 0, SINKS),
+    # Without one: --window 100 --sinks 64, a whole page.
+    "llama": ("llama", CONFIG, 100, PAGE_TOKENS),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: Any, compiled: ArtifactCache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    model_type, config, window, sinks = CASES[request.param]
+    folder = tmp_path_factory.mktemp("checkpoint")
+    hf = save_random(folder, model_type, **config)
+    artifact = compiled(folder, workers=THREADS, limits=LIMITS, window=window, sinks=sinks)
+    prompt = np.random.default_rng(1).integers(0, hf.config.vocab_size, LENGTH).tolist()
+    with load(artifact, threads=2) as model:
+        yield Case(artifact, model, hf, prompt, window or WINDOW, sinks)
+
+
+def test_logits_are_those_of_transformers_under_the_mask(case: Case) -> None:
+    got, expected = all_logits(case.model, case.prompt, LIMITS["rows"]), case.expected(case.prompt)
+    assert relative_errors(got, expected).max() <= 2e-3
+    without = dataclasses.replace(case, sinks=0).expected(case.prompt)  # a mask that is not looked at shows nothing
+    assert relative_errors(without, expected)[-1] > 0.02
+
+
+@pytest.mark.parametrize("speculate", ["off", "auto"])
+def test_a_long_text_is_that_of_transformers_under_the_mask(case: Case, speculate: str) -> None:
+    """Greedy, with and without guesses: from a short prompt to where the ring has wrapped again and again."""
+    with load(case.artifact, threads=1, speculate=speculate) as model:
+        tokens = model.generate(case.prompt[:20], max_new_tokens=LENGTH - 20, stop_tokens=[]).tokens
+    expected = case.expected(case.prompt[:20] + tokens)[19:-1]
+    best, chosen = expected.max(-1), expected[np.arange(len(tokens)), tokens]
+    assert (best - chosen).max() <= 1e-3 * np.abs(expected).max()
+    assert len(set(tokens)) >= 8
+
+
+def test_rows_have_the_same_bits_in_any_company(case: Case) -> None:
+    expected = all_logits(case.model, case.prompt, LIMITS["rows"])
+    for chunk in (1, 7, 33):
+        assert (all_logits(case.model, case.prompt, chunk).view(np.int32) == expected.view(np.int32)).all(), chunk
+    for threads in THREADS:
+        with load(case.artifact, threads=threads) as model:
+            got = all_logits(model, case.prompt[:300], 9, slot=1)
+        assert (got.view(np.int32) == expected[:300].view(np.int32)).all(), threads
+    case.model.reset()
+    for at in range(0, LENGTH - 40, 16):  # three slots at once, 20 tokens apart
+        rows = [(slot, p) for slot in range(3) for p in range(at, at + 16)]
+        tokens = [case.prompt[p] for _, p in rows]
+        got = case.model.step(tokens, *zip(*rows, strict=True), range(len(rows)))
+        assert (got.view(np.int32) == np.tile(expected[at : at + 16], (3, 1)).view(np.int32)).all(), at
+
+
+def test_prefixes_are_reused_and_evicted_without_a_word_changed(case: Case) -> None:
+    prompts = [[*case.prompt[:cut], 7, other] for cut in (420, 300, 200, 130, 64) for other in (1, 2)]
+    with load(case.artifact, threads=2, prefix_cache=False) as model:
+        expected = [model.generate(p, max_new_tokens=40, stop_tokens=[]).tokens for p in prompts]
+    with load(case.artifact, threads=2, kv_tokens=512) as model:
+        for order in (range(10), range(9, -1, -1), (0, 5, 1, 6)):
+            for at, wanted in zip(range(0, len(order), 2), [expected[i] for i in order[::2]], strict=True):
+                result = model.generate(prompts[order[at]], max_new_tokens=40, stop_tokens=[])
+                assert result.tokens == wanted
+        again = model.generate(prompts[order[at]], max_new_tokens=40, stop_tokens=[])
+        assert (again.tokens, again.reused_tokens) == (wanted, len(prompts[order[at]]) // 64 * 64)
+
+
+def test_memory_and_bytes_stop_growing_at_window_and_sinks(case: Case) -> None:
+    kept = next(g for g in case.model.manifest.caches if g.window)
+    assert (kept.window, kept.sinks) == (case.window, case.sinks)
+    assert kept.ring_pages == -(-(case.window + LIMITS["rows"]) // 64) + 2
+    whole = sum(g.token_bytes() for g in case.model.manifest.caches if not g.window)
+    counted = [case.model.bytes_per_token(depth) - whole * (depth + 1) for depth in range(512)]
+    read = kept.token_bytes() * np.minimum(np.arange(512) + 1, case.window + case.sinks)
+    assert np.allclose(counted, case.model.bytes_per_token(0) - whole - kept.token_bytes() + read)
+
+
+def test_positions_may_be_stepped_back_while_their_window_is_cached(case: Case) -> None:
+    expected = all_logits(case.model, case.prompt, LIMITS["rows"])
+    with pytest.raises(UsageError, match="its window cached"):
+        case.model.step(case.prompt[150:151], [0], [150], [0])
+    for at in (LENGTH - 3, 0):
+        got = case.model.step(case.prompt[at : at + 1], [0], [at], [0])
+        assert (got.view(np.int32) == expected[at].view(np.int32)).all()
+
+
+# ---- the reference, the VM, the validator -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(24, 3), (300, 64)])
+def test_the_virtual_machine_says_what_the_reference_says(window: int, sinks: int) -> None:
+    """Past several splits and rings, prompt and decoding; the schedules are valid."""
+    model = tiny("gemma3", window=window)
+    model = dataclasses.replace(model, program=with_window(model.program, 0, sinks))
+    limits = Limits(rows=64, slots=1, context=640, outputs=2, few_rows=4, kv_dtype="f32")
+    for bucket in BUCKETS:
+        validate(model.schedule(bucket, 3, limits))
+    pair = Pair(model, 3, limits=limits)
+    rows = pair.start(0, np.random.default_rng(0).integers(0, 96, 610).tolist(), GREEDY, limit=640)
+    for at in range(0, len(rows), 64):
+        pair.step(rows[at : at + 64], [len(rows[at : at + 64]) - 1])
+    pair.decode(4)
+
+
+def test_a_cache_with_sinks_prints_and_reads_back() -> None:
+    program = with_window(tiny("gemma3").program, 0, 7)
+    assert "kv[2, 16, 24, 7]" in show(program)
+    assert parse(show(program)) == program
+    kinds = {graph.cache.cache for graph in program.graphs if graph.cache is not None}
+    assert kinds == {CacheType(2, 16, 24, 7), CacheType(2, 16, 0)}  # what sees everything has no use for them
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("window", "sinks", "reason"),
+    [(0, 4, "expected a layer with a window, got `llama`"), (8, 65, "--sinks: expected 0 to 64 tokens")],
+)
+def test_sizes_that_no_layer_can_have_are_refused(window: int, sinks: int, reason: str, tmp_path: Path) -> None:
+    save_random(tmp_path, "llama")
+    with pytest.raises(UsageError, match=reason):
+        compile_model(Request(tmp_path, tmp_path / "out", fit_context=True, window=window, sinks=sinks, pack=False))
