@@ -45,6 +45,7 @@ def overview(artifact: Artifact, gbps: float) -> Row:
         "weights_by_format": dict(by_format),
         "bits_per_weight": 8 * sum(w["bytes"] for w in matrices) / count if count else 0.0,
         "kv_bytes_per_token": sum(g.page_bytes / PAGE_TOKENS for g in m.caches),
+        "windows": [{"layers": g.layers, "window": g.window, "sinks": g.sinks} for g in m.caches if g.window],
         "workspace_bytes": m.workspace_bytes,
         "bytes_per_step": step,
         "bytes_per_guess": float(m.traffic.get("weights_per_guess", 0)),
@@ -63,10 +64,15 @@ def summary_lines(found: Row) -> list[str]:
     formats = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found["weights_by_format"].items())
     floor = f"{found['floor_ms']:.2f} ms, {1e3 / found['floor_ms']:.0f} tokens/s" if found["floor_ms"] else "none"
     drafts = found["limits"]["drafts"]
+    windows = ", ".join(
+        f"{w['layers']} layers see {w['window']} tokens" + (f" and the first {w['sinks']}" if w["sinks"] else "")
+        for w in found["windows"]
+    )
     guess = f"{found['bytes_per_guess'] / 1e6:.1f} MB for each token guessed, up to {drafts} a step"
     return [
         f"weights    {found['weights_bytes'] / 1e6:.1f} MB, {found['bits_per_weight']:.2f} bits per weight ({formats})",
         f"kv cache   {found['kv_bytes_per_token'] / 1024:.1f} KiB per token, {found['limits']['kv_dtype']}",
+        *([f"windows    {windows}"] if windows else []),
         f"workspace  {found['workspace_bytes'] / 2**20:.1f} MiB",
         f"floor      {found['bytes_per_step'] / 1e6:.1f} MB per token: {floor} at {found['read_gbps']:.1f} GB/s read",
         *([f"drafts     {guess}"] if found["bytes_per_guess"] else []),

@@ -190,6 +190,8 @@ def test_an_edited_dump_is_compiled_and_verify_notices(run: Main, tmp_path: Path
     fused = tmp_path / "03-fuse.ir"
     fused.write_text(fused.read_text().replace("= silu(gate)", "= gelu_tanh(gate)"))
     edited = tmp_path / "edited"
+    code, _, err = run("compile", small.model(), "--start-from", fused, "--window", "8")
+    assert (code, "--window: expected what the dump has, got 8" in err) == (2, True)
     code, _, err = run("compile", small.model(), "--start-from", fused, "-o", edited, "--threads", "1")
     assert code == 0, err
     code, out, _ = run("verify", edited, small.model(), "--tokens", "4", "--json")

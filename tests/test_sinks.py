@@ -24,6 +24,7 @@ from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.text import parse, show
 from onelaunch.ir.types import CacheType
 from onelaunch.ir.validate import validate
+from onelaunch.models.drafter import as_drafter
 from onelaunch.models.window import with_window
 from onelaunch.runtime import Model, load
 from onelaunch.tests.checkpoints import save_random
@@ -183,6 +184,14 @@ def test_a_cache_with_sinks_prints_and_reads_back() -> None:
     assert parse(show(program)) == program
     kinds = {graph.cache.cache for graph in program.graphs if graph.cache is not None}
     assert kinds == {CacheType(2, 16, 24, 7), CacheType(2, 16, 0)}  # what sees everything has no use for them
+
+
+def test_a_model_that_drafts_gets_the_same_bounds() -> None:
+    program = dataclasses.replace(tiny("llama").program, drafter=as_drafter(tiny("gemma3").program), passes=2)
+    bounded = with_window(program, 40, 7)
+    kinds = [graph.cache.cache for graph in bounded.graphs if graph.cache is not None]
+    assert set(kinds) == {CacheType(2, 16, 24, 7), CacheType(2, 16, 40, 7)}
+    assert len(kinds) == 4
 
 
 # ---- what is refused ----------------------------------------------------------------------------
