@@ -45,7 +45,11 @@ def overview(artifact: Artifact, gbps: float) -> Row:
         "weights_by_format": dict(by_format),
         "bits_per_weight": 8 * sum(w["bytes"] for w in matrices) / count if count else 0.0,
         "kv_bytes_per_token": sum(g.page_bytes / PAGE_TOKENS for g in m.caches),
-        "windows": [{"layers": g.layers, "window": g.window, "sinks": g.sinks} for g in m.caches if g.window],
+        "windows": [
+            {"layers": g.layers, "of": sum(c.layers for c in m.caches), "window": g.window, "sinks": g.sinks}
+            for g in m.caches
+            if g.window
+        ],
         "workspace_bytes": m.workspace_bytes,
         "bytes_per_step": step,
         "bytes_per_guess": float(m.traffic.get("weights_per_guess", 0)),
@@ -64,10 +68,7 @@ def summary_lines(found: Row) -> list[str]:
     formats = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found["weights_by_format"].items())
     floor = f"{found['floor_ms']:.2f} ms, {1e3 / found['floor_ms']:.0f} tokens/s" if found["floor_ms"] else "none"
     drafts = found["limits"]["drafts"]
-    windows = ", ".join(
-        f"{w['layers']} layers see {w['window']} tokens" + (f" and the first {w['sinks']}" if w["sinks"] else "")
-        for w in found["windows"]
-    )
+    windows = ", ".join(map(_window_words, found["windows"]))
     guess = f"{found['bytes_per_guess'] / 1e6:.1f} MB for each token guessed, up to {drafts} a step"
     return [
         f"weights    {found['weights_bytes'] / 1e6:.1f} MB, {found['bits_per_weight']:.2f} bits per weight ({formats})",
@@ -77,6 +78,11 @@ def summary_lines(found: Row) -> list[str]:
         f"floor      {found['bytes_per_step'] / 1e6:.1f} MB per token: {floor} at {found['read_gbps']:.1f} GB/s read",
         *([f"drafts     {guess}"] if found["bytes_per_guess"] else []),
     ]
+
+
+def _window_words(of: Row) -> str:
+    sinks = f" and the first {of['sinks']}" if of["sinks"] else ""
+    return f"{of['window']} tokens{sinks} in {of['layers']} of {of['of']} layers"
 
 
 # ---- tensors --------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import transformers
 from compiled_kernels import checkpoint, group, limits
 
 from onelaunch.compiler.driver import Request, compile_model
+from onelaunch.compiler.report import overview, summary_lines
 from onelaunch.ir.errors import UsageError
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.schedule import BUCKETS
@@ -27,6 +28,7 @@ from onelaunch.ir.validate import validate
 from onelaunch.models.drafter import as_drafter
 from onelaunch.models.window import with_window
 from onelaunch.runtime import Model, load
+from onelaunch.runtime.artifact import Artifact
 from onelaunch.tests.checkpoints import save_random
 from onelaunch.tests.compiled import ArtifactCache, all_logits, relative_errors
 from onelaunch.tests.test_vm import GREEDY, Pair
@@ -145,6 +147,8 @@ def test_prefixes_are_reused_and_evicted_without_a_word_changed(case: Case) -> N
 def test_memory_and_bytes_stop_growing_at_window_and_sinks(case: Case) -> None:
     kept = next(g for g in case.model.manifest.caches if g.window)
     assert (kept.window, kept.sinks) == (case.window, case.sinks)
+    lines = summary_lines(overview(Artifact.open(case.artifact), 1.0))
+    assert "windows    33 tokens and the first 5 in 1 of 2 layers" in lines
     assert kept.ring_pages == -(-(case.window + LIMITS["rows"]) // 64) + 2
     whole = sum(g.token_bytes() for g in case.model.manifest.caches if not g.window)
     counted = [case.model.bytes_per_token(depth) - whole * (depth + 1) for depth in range(512)]
