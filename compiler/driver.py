@@ -18,6 +18,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
+from ..models.window import with_window
 from ..passes import GRAPH_PASSES, PIPELINE, Options
 from ..passes.policy import expect_matches, parse_policy, schemes, split_kinds
 from .emit import Emission
@@ -53,6 +54,7 @@ class Request:
     target_files: TOML files, or folders of them, with machines of the user's own.
     tuning: choices to compile with; None: those of the tuning database, or with `tune` none the defaults.
     reuse: a folder that keeps compiled libraries and packed weights for the next compilation of the same weights.
+    window: what layers without one see, 0: everything; sinks: first tokens that windows keep (`models/window.py`).
     """
 
     model: Path
@@ -70,6 +72,8 @@ class Request:
     tuning: Tuning | None = None
     tune: str = "cached"
     reuse: Path | None = None
+    window: int = 0
+    sinks: int = 0
 
 
 def silent(phase: str, seconds: float, detail: str) -> None:
@@ -122,6 +126,7 @@ def compile_imported(
     limits = _fit_context(request, checkpoint, draft)
     if draft is not None:
         imported = with_drafter(imported, draft, limits.drafts)
+    imported = replace(imported, program=with_window(imported.program, request.window, request.sinks))
     chosen = choose(imported.program, request.quant, targets, limits, request.tuning, request.tune)
     limits = chosen.limits
     threads = thread_counts(request, targets)
@@ -163,6 +168,7 @@ def _lower(
     limits = chosen.limits
     program, after, edited = imported.program, "import", None
     if request.start_from is not None:
+        _refuse_bounds(request)
         found, after = read_dump(request.start_from)
         edited = found if isinstance(found, Schedule) else None
         program = found.program if isinstance(found, Schedule) else found
@@ -177,6 +183,15 @@ def _lower(
     if edited is None:
         return lower_program(program, limits, workers, dump, progress, chosen.tuning)
     return _lower_edited(edited, after, limits, workers, dump, progress)
+
+
+def _refuse_bounds(request: Request) -> None:
+    for option, value in (("--window", request.window), ("--sinks", request.sinks)):
+        if value:
+            raise UsageError(
+                f"{option}: expected what the dump has, got {value} with --start-from",
+                hint="write them into its `kv[kv_heads, head_dim, window, sinks]`",
+            )
 
 
 def _lower_edited(

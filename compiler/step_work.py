@@ -23,6 +23,7 @@ from ..ir.schedule import (
     unit_bytes,
 )
 from ..ir.table import Asked
+from ..ir.types import seen_tokens
 from .kernel_report import KernelReport
 
 INSTRUCTIONS_PER_WEIGHT = {4: 3.2, 8: 2.5}  # where no kernel was measured: what ours must not exceed, by bits
@@ -161,7 +162,7 @@ def _attend(phase: Phase, task: Task, worker: int, depth: int, split: int) -> Wo
     op = phase.anchor[0]
     assert isinstance(op, Attend)
     cache = op.kv.cache
-    seen = min(depth + 1, cache.window or depth + 1)
+    seen = seen_tokens(depth, cache.window, cache.sinks)
     splits = -(-seen // split)
     tiles = len(range(worker, splits * cache.kv_heads, task.step))
     values = tiles * 2 * cache.head_dim * min(seen, split)
@@ -194,5 +195,5 @@ def _partials(graph: Graph, name: str, depth: int, split: int) -> float:
     if not isinstance(producer, Attend):
         return 1.0
     cache = producer.kv.cache
-    seen = min(depth + 1, cache.window or depth + 1)
+    seen = seen_tokens(depth, cache.window, cache.sinks)
     return -(-seen // split) * partial_floats(cache.head_dim) / cache.head_dim

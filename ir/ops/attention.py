@@ -43,11 +43,11 @@ class Append(Op):
 
 @op
 class Attend(Op):
-    """Softmax attention of each row over its slot's positions <= its own, inside the cache's window.
+    """Softmax attention of each row over its slot's positions <= its own, inside the cache's window or its sinks.
 
     `scale` multiplies the scores; `softcap` > 0 caps them before the softmax. Query head h reads
     kv head h // (heads / kv_heads). `sinks`: a score per head that has no value, and so only takes
-    part of the probability (gpt-oss).
+    part of the probability (gpt-oss); the sinks of a cache are positions (`CacheType`).
 
     example:
         graph f(q: f32[R, 16], kv: kv[2, 4, 0], rows: rows, w.sinks: f32[4]) -> (a) {
@@ -84,8 +84,9 @@ class Attend(Op):
         out = torch.empty_like(q)
         for r in range(q.shape[0]):
             slot, position = int(rows.slot[r]), int(rows.position[r])
-            first = max(0, position - cache.window + 1) if cache.window else 0
-            k, v = (t[slot, first : position + 1].transpose(0, 1) for t in (kv.keys, kv.values))
+            before, first = cache.seen(position)
+            seen = [*range(before), *range(first, position + 1)]
+            k, v = (t[slot, seen].transpose(0, 1) for t in (kv.keys, kv.values))
             query = q[r].view(cache.kv_heads, heads // cache.kv_heads, cache.head_dim)
             scores = query @ k.transpose(1, 2) * self.scale
             if self.softcap:
