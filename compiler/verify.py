@@ -16,7 +16,7 @@ reads the same tokens at once, so an early difference cannot hide behind a later
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from ..ir.errors import LoadError, UsageError
-from ..ir.formats import FORMATS, decode
 from ..ir.graph import Program
 from ..ir.reference import ReferenceModel, RowBatch
 from ..ir.text import show
@@ -33,15 +32,15 @@ from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
 from ..runtime import Artifact, Model, load
+from .reference_weights import ReferenceWeights
 from .report import fused_program, ir_text
 from .rounding import has_bf16_dot, rounded_program
-from .weights import pack_one, packed_weights, read_rows, read_vector, weight_plan
+from .weights import pack_one, packed_weights, weight_plan
 
 COSINE = 0.98  # least cosine of any row of logits
 EXCESS = 1.5  # times the error of rounding by design that the mean error may reach
 FLOOR = {"bf16": 0.02, "f32": 2e-3}  # relative error allowed on top: attention rounds to the cache's type
 LEAD = 6  # errors (of one logit) that two logits may be apart and still change places: four sigmas of a difference
-KEEP_BYTES = 4 << 30  # of decoded weights kept between uses
 
 Progress = Callable[[str], None]
 
@@ -75,42 +74,6 @@ class Verdict:
         words = {True: "ok", False: "FAILED", None: "not done"}
         found = [f"{words[c.passed]:8s}  {c.name:8s}  {c.detail}" for c in self.checks]
         return [*found, "passed" if self.passed else "verification failed"]
-
-
-class ReferenceWeights(Mapping[str, torch.Tensor]):
-    """Weights by the importer's keys, float32, rounded to the formats of `program`; decoded when asked for."""
-
-    def __init__(self, imported: Imported, program: Program) -> None:
-        self.imported = imported
-        self.formats = {
-            (f"{layer}." if layer >= 0 else "") + w.name[2:]: w.tensor.dtype
-            for graph, layer in program.sections()
-            for w in graph.weights
-        }
-        self._kept: dict[str, torch.Tensor] = {}
-        self._room = KEEP_BYTES
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        if key not in self._kept:
-            value = self._decode(key)
-            self._room -= value.nbytes
-            if self._room < 0:
-                return value
-            self._kept[key] = value
-        return self._kept[key]
-
-    def _decode(self, key: str) -> torch.Tensor:
-        source, name = self.imported.sources[key], self.formats.get(key, "f32")
-        if len(source.shape) == 1:
-            return torch.from_numpy(read_vector(source, self.imported))
-        rows = read_rows(source, self.imported, name)
-        return torch.from_numpy(decode(FORMATS[name], rows, source.shape[-1]).reshape(source.shape))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.imported.sources)
-
-    def __len__(self) -> int:
-        return len(self.imported.sources)
 
 
 def verify_artifact(

@@ -1,0 +1,109 @@
+"""`--quant gptq-..`: rounded weights chosen by what a text makes their matrices read.
+
+Layer by layer the reference executor computes, of the text, what each matrix reads behind the layers that are rounded
+already; from the sums of its products `ir/gptq.py` chooses the rounded weights. They take the place of rounding to
+nearest (`WeightSource.rounded`), and nothing else knows of it: formats, packing and kernels are the same.
+
+Not all matrices can be done so, these are rounded to nearest: an embedding, whose rows are looked up (a head tied to it
+too), and those of experts, of which a short text reaches only some.
+
+Why this and no library: llm-compressor runs on transformers' modules only and writes compressed-tensors only, where
+this calibrates whatever is imported, a GGUF file too, to any format with a grid. What it writes can be compiled as is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..ir.errors import UsageError
+from ..ir.formats import FORMATS
+from ..ir.gptq import gptq
+from ..ir.graph import Graph, Program
+from ..ir.ops import Embed, Linear
+from ..models.importer import Imported, Rounded
+from ..passes.quantize import CALIBRATED
+from .layerwise import LayerRun
+from .reference_weights import ReferenceWeights
+
+PIECE = 512  # tokens of a sequence of the calibration text
+PIECES = 16  # at most
+
+Progress = Callable[[str, float, str], None]
+
+
+def pieces(tokens: Sequence[int], context: int, place: str) -> list[list[int]]:
+    """A calibration text's tokens in sequences; UsageError if they are fewer than one."""
+    size = min(PIECE, context)
+    if len(tokens) < size:
+        raise UsageError(
+            f"--calibrate: expected at least {size} tokens, got {len(tokens)}", place=place,
+            hint="thousands of tokens like those the model will read calibrate well",
+        )  # fmt: skip
+    return [list(tokens[i : i + size]) for i in range(0, len(tokens) - size + 1, size)][:PIECES]
+
+
+def calibrated(
+    imported: Imported, rounded: Program, scheme: Callable[[str], str], texts: Sequence[Sequence[int]],
+    progress: Progress,
+) -> Imported:  # fmt: skip
+    """The same model with `rounded` sources where `scheme` of a weight's key is a calibrated one.
+
+    rounded: its program with the formats that --quant gives; texts: token ids, each a sequence of its own.
+    """
+    start = time.perf_counter()
+    sources = dict(imported.sources)
+    result = dataclasses.replace(imported, sources=sources)
+    program, exact = imported.program, ReferenceWeights(imported, imported.program)
+    after = ReferenceWeights(result, rounded)  # reads `sources` as they fill
+    runs = [LayerRun(program, text, range(len(text))) for text in texts]
+    chosen = 0
+
+    def choose(graph: Graph, layer: int, values: Callable[[LayerRun, Tensor], dict[str, Tensor]]) -> int:
+        keys = _keys(program, graph, layer, scheme, exact, after)
+        for key, hessian in _hessians(graph, keys, (values(r, x) for r, x in zip(runs, running, strict=True))).items():
+            fmt = FORMATS[after.formats[key]]
+            sources[key] = dataclasses.replace(
+                sources[key], rounded=Rounded(fmt.name, gptq(fmt, exact[key].numpy(), hessian))
+            )
+        return len(keys)
+
+    running = [run.enter(after) for run in runs]
+    for layer, name in enumerate(program.layers):
+        chosen += choose(program.kind(name), layer, lambda r, x, i=layer: r.values(i, x, exact))  # type: ignore[misc]
+        running = [run.layer(layer, x, after) for run, x in zip(runs, running, strict=True)]
+    chosen += choose(program.exit, -1, lambda r, x: r.ending(x, exact))
+    progress("calibrate", time.perf_counter() - start, f"{chosen} matrices, {sum(map(len, texts))} tokens")
+    return result
+
+
+def _keys(
+    program: Program, graph: Graph, layer: int, scheme: Callable[[str], str], exact: ReferenceWeights,
+    after: ReferenceWeights,
+) -> dict[str, str]:  # fmt: skip
+    """Keys of the matrices to calibrate, each with its value's name in the graph."""
+    prefix = f"{layer}." if layer >= 0 else ""
+    embedded = {op.table.name for op in program.entry.ops if isinstance(op, Embed)}
+    names = {op.weight.name for op in graph.ops if isinstance(op, Linear)} - (embedded if layer < 0 else set())
+    keys = {prefix + name[2:]: name for name in sorted(names)}
+    return {
+        key: name
+        for key, name in keys.items()
+        if scheme(key).startswith(CALIBRATED) and exact.formats[key] != after.formats[key]
+    }
+
+
+def _hessians(graph: Graph, keys: dict[str, str], runs: object) -> dict[str, np.ndarray]:
+    """X^T X [K, K] of what each matrix reads, summed over runs; matrices that read the same value share it."""
+    read = {op.weight.name: op.x.name for op in graph.ops if isinstance(op, Linear)}
+    sums: dict[str, Tensor] = {}
+    if keys:
+        for values in runs:  # type: ignore[attr-defined]
+            for name in {read[w] for w in keys.values()}:
+                x = values[name]
+                sums[name] = sums[name] + x.T @ x if name in sums else x.T @ x
+    return {key: sums[read[name]].numpy() for key, name in keys.items()}
