@@ -135,11 +135,11 @@ def _subjects(asked: Asked) -> list[Subject]:
             )  # fmt: skip
         return [*first, Subject(asked.model.name, asked.model)]
     needs = [q for q in asked.quants if _calibrated(q)]
-    for quant in needs or asked.quants[:1]:
+    for quant in needs or asked.quants[:1] or [""]:
         quant_policy(quant, asked.calibrate)
     if asked.quants:
         expect_unquantized(import_checkpoint(open_checkpoint(asked.model)))
-    return [*first, Subject(STORED, asked.model), *(Subject(q, asked.model, q) for q in asked.quants)]
+    return [*first, Subject(STORED, asked.model), *(Subject(Path(q).name, asked.model, q) for q in asked.quants)]
 
 
 def _calibrated(quant: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import expect, nearest
+from .errors import CompileError, nearest
 from .graph import Graph, Program
 from .sampling import Sampling, sample
 from .types import CacheType, TensorType
@@ -121,7 +121,8 @@ def evaluate(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def evaluate_all(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Every value of a graph by name."""
     for p in graph.params:
-        expect(p.name in inputs, f"graph `{graph.name}`: expected an input `{p.name}`", nearest(p.name, inputs))
+        if p.name not in inputs:
+            raise CompileError(f"graph `{graph.name}`: expected an input `{p.name}`", hint=nearest(p.name, inputs))
     values = {p.name: inputs[p.name] for p in graph.params}
     for op in graph.ops:
         values[op.out.name] = op.reference(*(values[v.name] for v in op.operands))
@@ -216,7 +217,8 @@ def weights_of(graph: Graph, layer: int, weights: Mapping[str, Any]) -> dict[str
     found = {}
     for p in graph.weights:
         key = prefix + p.name.removeprefix("w.")
-        expect(key in weights, f"expected a weight `{key}`", nearest(key, weights))
+        if key not in weights:
+            raise CompileError(f"expected a weight `{key}`", hint=nearest(key, weights))
         found[p.name] = torch.as_tensor(weights[key], dtype=torch.float32)
     return found
 
