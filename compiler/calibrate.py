@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -25,15 +27,23 @@ from ..ir.formats import FORMATS
 from ..ir.gptq import gptq
 from ..ir.graph import Graph, Program
 from ..ir.ops import Embed, Linear
+from ..models.checkpoint import Checkpoint
 from ..models.importer import Imported, Rounded
 from ..passes.quantize import CALIBRATED
 from .layerwise import LayerRun
 from .reference_weights import ReferenceWeights
+from .text_file import checkpoint_tokenizer, read_text
 
 PIECE = 512  # tokens of a sequence of the calibration text
 PIECES = 16  # at most
 
 Progress = Callable[[str, float, str], None]
+
+
+def read_pieces(checkpoint: Checkpoint, path: Path) -> list[list[int]]:
+    """The token ids of a calibration text in sequences. UsageError for a text that does not do."""
+    tokens = checkpoint_tokenizer(checkpoint).encode(read_text(path, "--calibrate"))
+    return pieces(tokens, checkpoint.hyper["context"], str(path))
 
 
 def pieces(tokens: Sequence[int], context: int, place: str) -> list[list[int]]:
@@ -63,20 +73,21 @@ def calibrated(
     runs = [LayerRun(program, text, range(len(text))) for text in texts]
     chosen = 0
 
-    def choose(graph: Graph, layer: int, values: Callable[[LayerRun, Tensor], dict[str, Tensor]]) -> int:
+    running = [run.enter(after) for run in runs]
+
+    def choose(graph: Graph, layer: int) -> int:
         keys = _keys(program, graph, layer, scheme, exact, after)
-        for key, hessian in _hessians(graph, keys, (values(r, x) for r, x in zip(runs, running, strict=True))).items():
+        read = (run.values(layer, x, exact) for run, x in zip(runs, running, strict=True))
+        for key, hessian in _hessians(graph, keys, read).items():
             fmt = FORMATS[after.formats[key]]
-            sources[key] = dataclasses.replace(
-                sources[key], rounded=Rounded(fmt.name, gptq(fmt, exact[key].numpy(), hessian))
-            )
+            rows = gptq(fmt, exact[key].numpy(), hessian)
+            sources[key] = dataclasses.replace(sources[key], rounded=Rounded(fmt.name, rows))
         return len(keys)
 
-    running = [run.enter(after) for run in runs]
     for layer, name in enumerate(program.layers):
-        chosen += choose(program.kind(name), layer, lambda r, x, i=layer: r.values(i, x, exact))  # type: ignore[misc]
+        chosen += choose(program.kind(name), layer)
         running = [run.layer(layer, x, after) for run, x in zip(runs, running, strict=True)]
-    chosen += choose(program.exit, -1, lambda r, x: r.ending(x, exact))
+    chosen += choose(program.exit, -1)
     progress("calibrate", time.perf_counter() - start, f"{chosen} matrices, {sum(map(len, texts))} tokens")
     return result
 
@@ -97,12 +108,12 @@ def _keys(
     }
 
 
-def _hessians(graph: Graph, keys: dict[str, str], runs: object) -> dict[str, np.ndarray]:
+def _hessians(graph: Graph, keys: dict[str, str], runs: Iterator[dict[str, Any]]) -> dict[str, np.ndarray]:
     """X^T X [K, K] of what each matrix reads, summed over runs; matrices that read the same value share it."""
     read = {op.weight.name: op.x.name for op in graph.ops if isinstance(op, Linear)}
     sums: dict[str, Tensor] = {}
     if keys:
-        for values in runs:  # type: ignore[attr-defined]
+        for values in runs:
             for name in {read[w] for w in keys.values()}:
                 x = values[name]
                 sums[name] = sums[name] + x.T @ x if name in sums else x.T @ x

@@ -221,9 +221,7 @@ def quantized(program: Program, quant: str) -> Program:
 
 def calibrate(imported: Imported, quant: str, text: Path, progress: Progress) -> Imported:
     """The same model with the weights that the text chose for what `--quant` asks of them (calibrate.py)."""
-    from .calibrate import calibrated, pieces
-    from .text_file import checkpoint_tokenizer, read_text
+    from .calibrate import calibrated, read_pieces
 
-    tokens = checkpoint_tokenizer(imported.checkpoint).encode(read_text(text, "--calibrate"))
-    texts = pieces(tokens, imported.checkpoint.hyper["context"], str(text))
+    texts = read_pieces(imported.checkpoint, text)
     return calibrated(imported, quantized(imported.program, quant), quant_policy(quant, text).scheme, texts, progress)

@@ -25,6 +25,7 @@ from ..passes.quantize import FLOATS, SCHEMES
 from ..runtime import Artifact, Model, load
 from ..runtime.load import read_tokenizer
 from ..runtime.tokenizer import Tokenizer
+from .calibrate import read_pieces
 from .driver import POLICY, Request, calibrate, compile_model, quant_policy, quantized, silent
 from .ondemand import is_artifact
 from .perplexity import Window, windows
@@ -137,8 +138,11 @@ def _subjects(asked: Asked) -> list[Subject]:
     needs = [q for q in asked.quants if _calibrated(q)]
     for quant in needs or asked.quants[:1] or [""]:
         quant_policy(quant, asked.calibrate)
+    checkpoint = open_checkpoint(asked.model)
     if asked.quants:
-        expect_unquantized(import_checkpoint(open_checkpoint(asked.model)))
+        expect_unquantized(import_checkpoint(checkpoint))
+    if asked.calibrate is not None:
+        read_pieces(checkpoint, asked.calibrate)  # refused now, not when its turn comes
     return [*first, Subject(STORED, asked.model), *(Subject(Path(q).name, asked.model, q) for q in asked.quants)]
 
 

@@ -33,7 +33,9 @@ class LayerRun:
 
     @torch.no_grad()
     def values(self, layer: int, x: Tensor, weights: Weights) -> dict[str, Any]:
-        """Every value of a layer that reads x, by name."""
+        """Every value of a layer that reads x, by name; -1: of the exit, up to the logits."""
+        if layer < 0:
+            return self._ending(x, weights)
         graph = self._kind(layer)
         given: dict[str, Any] = {**self._given, running_name(graph): x, **weights_of(graph, layer, weights)}
         if graph.cache is not None:
@@ -45,9 +47,7 @@ class LayerRun:
         result: Tensor = self.values(layer, x, weights)[self._kind(layer).results[0].name]
         return result
 
-    @torch.no_grad()
-    def ending(self, x: Tensor, weights: Weights) -> dict[str, Any]:
-        """Every value of the exit up to the logits."""
+    def _ending(self, x: Tensor, weights: Weights) -> dict[str, Any]:
         graph, wanted = self.program.exit, self.program.logits.name
         ends = next(i for i, op in enumerate(graph.ops) if op.out.name == wanted) + 1
         needed = [p for p in graph.params if str(p.type) != "slots"]
@@ -56,7 +56,7 @@ class LayerRun:
 
     def logits(self, x: Tensor, weights: Weights) -> Tensor:
         """Of the outputs, [outputs, vocab]."""
-        result: Tensor = self.ending(x, weights)[self.program.logits.name]
+        result: Tensor = self.values(-1, x, weights)[self.program.logits.name]
         return result
 
     def _kind(self, layer: int) -> Graph:

@@ -31,7 +31,9 @@ from ..ir.text import show
 from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
+from ..passes.quantize import CALIBRATED
 from ..runtime import Artifact, Model, load
+from .calibrate import calibrated, read_pieces
 from .reference_weights import ReferenceWeights
 from .report import fused_program, ir_text
 from .rounding import has_bf16_dot, rounded_program
@@ -85,11 +87,15 @@ def verify_artifact(
     phases: bool,
     progress: Progress,
     draft: Path | None = None,
+    calibration: Path | None = None,
 ) -> Verdict:
-    """Run every check. LoadError if the two are not the same model at all."""
+    """Run every check. LoadError if the two are not the same model at all.
+
+    calibration: the text that weights were chosen by, if any were: they are chosen again.
+    """
     artifact = Artifact.open(path)
-    imported = import_checkpoint(open_checkpoint(model))
     program = fused_program(artifact)
+    imported = _calibrated(artifact, program, import_checkpoint(open_checkpoint(model)), calibration, progress)
     if (draft is None) != (program.drafter is None):
         wanted, got = ("none", str(draft)) if program.drafter is None else ("the model that drafts in it", "none")
         raise UsageError(f"--draft: expected {wanted}, got {got}", place=str(path))
@@ -114,6 +120,21 @@ def verify_artifact(
         progress("phases")
         checks.append(check_phases(artifact, program, weights, ids))
     return Verdict(str(path), str(model), checks)
+
+
+def _calibrated(
+    artifact: Artifact, program: Program, imported: Imported, text: Path | None, progress: Progress
+) -> Imported:
+    """The checkpoint with the weights that the artifact's calibration text chooses."""
+    keys = frozenset(artifact.manifest.raw.get("calibrated", ()))
+    if bool(keys) != (text is not None):
+        wanted, got = ("the text its weights were chosen by", "none") if keys else ("none", str(text))
+        raise UsageError(f"--calibrate: expected {wanted}, got {got}", place=str(artifact.path))
+    if text is None:
+        return imported
+    progress("calibration")
+    texts = read_pieces(imported.checkpoint, text)
+    return calibrated(imported, program, lambda key: CALIBRATED if key in keys else "", texts, lambda *_: None)
 
 
 def _prompt(model: Model, text: str, tokens: int) -> list[int]:
