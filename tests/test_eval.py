@@ -23,6 +23,7 @@ from onelaunch.passes.policy import parse_policy
 from onelaunch.runtime import load
 from onelaunch.tests import small
 
+pytestmark = pytest.mark.xdist_group("test_cli")  # the same artifact
 torch.set_num_threads(1)  # tiny tensors: more threads only cost
 Main = Callable[..., tuple[int, str, str]]
 TEXT = "The step is compiled ahead of time, and what it says is compared with what it would have said. " * 3
@@ -176,7 +177,7 @@ MODEL, ARTIFACT = "MODEL", "ARTIFACT"
         (["MODEL", "--text", "EMPTY"], 2, "--text: expected text, got an empty file"),
         (["MODEL", "--text", "LATIN"], 2, "--text: expected UTF-8 text, got byte 0xe9 at 3"),
         (["MODEL", "--text", "TEXT"], 2, "--text: expected at least 512 tokens, one chunk, got 285"),
-        (["MODEL", "--text", "TEXT", "--chunk", "1K"], 2, "--chunk: expected at most 512, the model's context, got 1024"),
+        (["MODEL", "--text", "TEXT", "--chunk", "1K"], 2, "expected at most 512, the model's context, got 1024"),
         (["MODEL", "--text", "TEXT", "--chunk", "2"], 2, "--chunk: expected at least 4 tokens, got 2"),
         (["MODEL", "--text", "TEXT", "--chunk", "64", "--stride", "64"], 2, "--stride: expected 1 to 63"),
         (["MODEL", "--text", "TEXT", "--quant", "int4,nvpf4"], 2, "did you mean `nvfp4`?"),

@@ -165,7 +165,10 @@ def test_int4_errs_no_more_than_the_gguf_package_in_any_block():
         for raw in (quantize(fmt, x), gguf.quantize(x, gguf.GGMLQuantizationType.Q4_0))
     )
     assert (ours <= theirs * 1.0001).all()
-    assert (ours < theirs * 0.9).mean() > 0.3
+    normal = np.random.default_rng(3).standard_normal((256, 256)).astype(np.float32)
+    raw = quantize(fmt, normal), gguf.quantize(normal, gguf.GGMLQuantizationType.Q4_0)
+    errors = [np.square(decode(fmt, r, 256) - normal).sum() for r in raw]
+    assert errors[0] < 0.9 * errors[1]  # 0.892; without fitting the scale to the codes 0.916
 
 
 def test_quantize_does_not_depend_on_the_rows_around():
