@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from ..codegen.cpu.units import STEP
 from ..ir.errors import HostError
+from ..runtime import host
 
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-w")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
 # GCC's interprocedural alias analysis misses stores whose address loop optimisation derived from another
 # pointer, and then drops the call: 12.2 left out the q matrix of a model with 4 heads of 16.
 CAUTION = "-fno-ipa-modref"
@@ -70,27 +78,60 @@ def find_compiler() -> list[str]:
     return [sys.executable, "-m", "ziglang", "c++"]
 
 
-def _accepts(command: list[str], option: str) -> bool:
+@cache
+def _version(command: tuple[str, ...]) -> str:
+    """The compiler's version line."""
+    text = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    return text.splitlines()[0] if text else " ".join(command)
+
+
+@cache
+def _accepts(command: tuple[str, ...], option: str) -> bool:
     """Whether the compiler knows an option: clang and GCC before 11 do not know all of ours."""
     probe = [*command, "-Werror", option, "-x", "c++", "-E", "-"]
     return subprocess.run(probe, input=b"", capture_output=True).returncode == 0
 
 
-def compile_library(source: Path, library: Path, level: Level) -> str:
-    """Compile `source` into `library`; returns the compiler's version line. Raises HostError."""
-    command = find_compiler()
-    options = list(level.options) if platform.machine() in ("x86_64", "AMD64") else []
-    options += [CAUTION] if _accepts(command, CAUTION) else []
-    full = [*command, *FLAGS, *options, f"-DOL_LEVEL={level.number}", str(source), "-o", str(library)]
+def compile_library(sources: Sequence[Path], library: Path, level: Level) -> str:
+    """Compile and link `sources` into `library`; returns the compiler's version line. Raises HostError.
+
+    Objects of units that models share are kept beside the kernels that artifacts run from (`runtime/host.py`).
+    """
+    command = tuple(find_compiler())
+    machine = level.options if platform.machine() in ("x86_64", "AMD64") else ()
+    caution = [CAUTION] if _accepts(command, CAUTION) else []
+    flags = [*FLAGS, *machine, *caution, f"-DOL_LEVEL={level.number}"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(host.cores()) as pool:
+        objects = list(pool.map(lambda source: _object([*command, *flags], source, Path(folder)), sources))
+        _run([*command, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
+    return _version(command)
+
+
+def _object(command: list[str], source: Path, folder: Path) -> Path:
+    """One compiled source: in `folder`, or kept from the last time unless it is the model's own."""
+    made = folder / f"{source.stem}.o"
+    compiling = [*command, "-c", str(source), "-o", str(made)]
+    if source.stem == STEP:
+        _run(compiling)
+        return made
+    factors = [source.read_text(), *command, _version(tuple(find_compiler()))]
+    kept = host.kernel_folder() / f"{hashlib.sha256(chr(0).join(factors).encode()).hexdigest()}.o"
+    if not kept.exists():
+        _run(compiling)
+        place = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        shutil.copy(made, place)
+        os.replace(place, kept)
+    return kept
+
+
+def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(full, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
     except subprocess.TimeoutExpired:
-        raise HostError(f"the C++ compiler ran longer than {COMPILE_SECONDS} s on {source}") from None
+        raise HostError(f"the C++ compiler ran longer than {COMPILE_SECONDS} s: {' '.join(command)}") from None
     if done.returncode:
         first = "\n".join(done.stderr.splitlines()[:12])
         raise HostError(
-            f"the C++ compiler failed (exit {done.returncode}): {' '.join(full)}\n{first}",
+            f"the C++ compiler failed (exit {done.returncode}): {' '.join(command)}\n{first}",
             hint="needs C++17: g++ 9 or clang 10 and newer",
         )
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    return version.splitlines()[0] if version else " ".join(command)

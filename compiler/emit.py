@@ -36,8 +36,8 @@ class Code:
     @property
     def lines(self) -> str:
         """`4310 lines of C++ for cpu-avx2, 2027 lines of Triton`."""
-        levels, texts = ", ".join(self.native.texts), list(self.native.texts.values())[:1]
-        found = [f"{text.count(chr(10))} lines of C++ for {levels}" for text in texts]
+        levels = ", ".join(self.native.units)
+        found = [f"{text.count(chr(10))} lines of C++ for {levels}" for text in self.native.steps[:1]]
         found += [f"{self.gpu.source.text.count(chr(10))} lines of Triton"] if self.gpu else []
         return ", ".join(found)
 
@@ -82,7 +82,7 @@ class Emission:
         plan = weight_plan(weights)
         native = render_native(self.targets.levels, lowered, self.threads, plan)
         code = Code(native, render_gpu(self.targets.gpus, lowered, plan))
-        for text in list(native.texts.values())[:1]:
+        for text in native.steps[:1]:
             self.dump.keep("codegen", text, "cpp")
         if code.gpu:
             self.dump.keep("codegen", code.gpu.source.text, "py")
@@ -99,7 +99,7 @@ class Emission:
         """Run the compilers; weights are packed beside the C++ one, but only when every GPU kernel fits."""
         gpus = self._gpu_builds(code, folder, pool)
         native = {
-            level.name: pool.submit(build_native, level, code.native.texts[level.name], folder)
+            level.name: pool.submit(build_native, level, code.native.units[level.name], folder)
             for level in self.targets.levels
         }
         entries = self._gpu_entries(gpus, code, folder)

@@ -92,6 +92,8 @@ def evaluate(asked: Asked, progress: Progress) -> dict[str, Any]:
         for subject in subjects:
             with _opened(subject, asked, Path(folder), progress) as (model, facts):
                 score = score_windows(model, text.windows, kept, subject.name, progress)
+            if score.kl is not None:
+                progress(f"{subject.name}: perplexity {score.perplexity:.4f}, KL {score.kl:.5f}")
             rows.append({"format": subject.name, "quant": subject.quant, **facts, **dataclasses.asdict(score)})
     return {
         "model": asked.model.name,

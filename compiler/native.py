@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..codegen.cpu.render import render_step
+from ..codegen.cpu.units import STEP
 from ..ir.table import WeightPlan, lower
 from .artifact import ArtifactFolder, stack_tables
 from .build import Level, compile_library
@@ -18,10 +19,15 @@ from .lowering import Lowered
 
 @dataclass(frozen=True)
 class NativeCode:
-    """C++ by level name; task tables by thread count, int32 [2 buckets, workers, records, 32]."""
+    """C++ by level name and file name; task tables by thread count, int32 [2 buckets, workers, records, 32]."""
 
-    texts: dict[str, str]
+    units: dict[str, dict[str, str]]
     tables: dict[int, np.ndarray]
+
+    @property
+    def steps(self) -> list[str]:
+        """What is the model's own, of every level."""
+        return [units[STEP] for units in self.units.values()]
 
 
 def render_native(levels: Sequence[Level], lowered: Lowered, threads: Sequence[int], plan: WeightPlan) -> NativeCode:
@@ -34,18 +40,20 @@ def render_native(levels: Sequence[Level], lowered: Lowered, threads: Sequence[i
         count: stack_tables({b: lower(s, bodies[b], plan) for b, s in lowered.schedules[count].items()})
         for count in threads
     }
-    return NativeCode({name: source.text for name, source in sources.items()}, tables)
+    return NativeCode({name: source.units for name, source in sources.items()}, tables)
 
 
-def build_native(level: Level, text: str, folder: ArtifactFolder) -> tuple[dict[str, Any], float]:
+def build_native(level: Level, units: Mapping[str, str], folder: ArtifactFolder) -> tuple[dict[str, Any], float]:
     """Compile one level into the artifact; its target entry and the seconds it took."""
     start = time.perf_counter()
-    source, library = (folder.path(f"kernels/{level.name}/step.{suffix}") for suffix in ("cpp", "so"))
-    source.write_text(text)
+    library = f"kernels/{level.name}/step.so"
+    sources = [folder.path(f"kernels/{level.name}/{name}.cpp") for name in units]
+    for source, text in zip(sources, units.values(), strict=True):
+        source.write_text(text)
     entry = {
-        "library": f"kernels/{level.name}/step.so",
+        "library": library,
         "level": level.number,
         "isa": list(level.isa),
-        "compiler": compile_library(source, library, level),
+        "compiler": compile_library(sources, folder.path(library), level),
     }
     return entry, time.perf_counter() - start

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from math import prod
+from pathlib import PurePosixPath
 from typing import Any
 
+from ..codegen.cpu.units import STEP
 from ..ir.formats import FORMATS
 from ..ir.graph import Graph, Program
 from ..ir.limits import PAGE_TOKENS
@@ -262,6 +264,7 @@ def stored_schedule(artifact: Artifact) -> Schedule:
 
 
 def sources(artifact: Artifact) -> list[tuple[str, str]]:
-    """(file name, text) of the generated code."""
-    names = sorted(n for n in artifact.manifest.files if n.startswith("kernels/") and n.endswith(".cpp"))
+    """(file name, text) of the generated code; of each target the step comes first, then the kernels it calls."""
+    names = [n for n in artifact.manifest.files if n.startswith("kernels/") and n.endswith(".cpp")]
+    names.sort(key=lambda name: (PurePosixPath(name).parent, PurePosixPath(name).stem != STEP, name))
     return [(name, artifact.read(name).decode()) for name in names]

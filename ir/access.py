@@ -160,9 +160,11 @@ def _whole_rows(phase: Phase, region: Region) -> tuple[Access, ...]:
 def stored(graph: Graph, phase: Phase) -> set[str]:
     """Values of a phase that must be in memory: another phase or section reads them, or they are sums over a row's
     experts, which grow from one expert to the next."""
-    made = {op.out.name: op.out.type for op in phase.ops}
-    needed = {r.name for r in graph.results} | {op.out.name for op in phase.ops if isinstance(op, Combine)}
-    for op in graph.ops:
-        if op.out.name not in made:
-            needed |= {v.name for v in op.operands}
-    return {name for name, kind in made.items() if name in needed and isinstance(kind, TensorType)}
+    made = {op.out.name for op in phase.ops}
+    results = {r.name for r in graph.results}
+
+    def needed(op: Op) -> bool:
+        name = op.out.name
+        return name in results or isinstance(op, Combine) or not graph.readers.get(name, made) <= made
+
+    return {op.out.name for op in phase.ops if isinstance(op.out.type, TensorType) and needed(op)}

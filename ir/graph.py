@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from .errors import CompileError, OnelaunchError, Span, expect
 from .op import Op
@@ -43,8 +44,18 @@ class Graph:
     def producer(self, value: Value) -> Op | None:
         return next((op for op in self.ops if op.out.name == value.name), None)
 
+    @cached_property
+    def readers(self) -> dict[str, set[str]]:
+        """The values made from each value."""
+        found: dict[str, set[str]] = {}
+        for op in self.ops:
+            for value in op.operands:
+                found.setdefault(value.name, set()).add(op.out.name)
+        return found
+
     def users(self, value: Value) -> tuple[Op, ...]:
-        return tuple(op for op in self.ops if value.name in {v.name for v in op.operands})
+        names = self.readers.get(value.name, ())
+        return tuple(op for op in self.ops if op.out.name in names)
 
     def is_logits(self, value: Value) -> bool:
         """Whether tokens are chosen from a value; `VALUE.max` then holds the largest of each 32 of it."""

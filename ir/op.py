@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, dataclass_transform
 
 from .errors import Span, expect
@@ -25,6 +26,8 @@ class Op:
     """One equation: `out = name(operands, attributes)`."""
 
     name: ClassVar[str]
+    _operand_names: ClassVar[tuple[str, ...]]
+    _attribute_names: ClassVar[tuple[str, ...]]
     out: Value
     at: Span | None = field(default=None, compare=False, repr=False, kw_only=True)
 
@@ -36,11 +39,11 @@ class Op:
 
     @classmethod
     def operand_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in _own_fields(cls) if f.type in OPERANDS)
+        return cls._operand_names
 
     @classmethod
     def attribute_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in _own_fields(cls) if f.type not in OPERANDS)
+        return cls._attribute_names
 
     @classmethod
     def named(cls, operands: Sequence[Value]) -> dict[str, Value]:
@@ -53,7 +56,7 @@ class Op:
         )
         return dict(zip(names, operands, strict=False))
 
-    @property
+    @cached_property
     def operands(self) -> tuple[Value, ...]:
         found = (getattr(self, name) for name in self.operand_names())
         return tuple(value for value in found if value is not None)
@@ -83,5 +86,8 @@ def op(cls: type) -> type:
     """Make `cls` a frozen dataclass and register it under its snake_case name."""
     made: Any = dataclass(frozen=True)(cls)
     made.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+    fields = _own_fields(made)
+    made._operand_names = tuple(f.name for f in fields if f.type in OPERANDS)
+    made._attribute_names = tuple(f.name for f in fields if f.type not in OPERANDS)
     OPS[made.name] = made
     return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .errors import expect
+from .errors import CompileError
 
 Dim: TypeAlias = int | str
 ROWS = "R"
@@ -72,18 +72,15 @@ class Value:
 
     @property
     def tensor(self) -> TensorType:
-        expect(
-            isinstance(self.type, TensorType),
-            f"`{self.name}`: expected a tensor, got {self.type}",
-        )
-        assert isinstance(self.type, TensorType)
-        return self.type
+        if isinstance(self.type, TensorType):
+            return self.type
+        raise CompileError(f"`{self.name}`: expected a tensor, got {self.type}")
 
     @property
     def cache(self) -> CacheType:
-        expect(isinstance(self.type, CacheType), f"`{self.name}`: expected a kv cache, got {self.type}")
-        assert isinstance(self.type, CacheType)
-        return self.type
+        if isinstance(self.type, CacheType):
+            return self.type
+        raise CompileError(f"`{self.name}`: expected a kv cache, got {self.type}")
 
     @property
     def is_weight(self) -> bool:

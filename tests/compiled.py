@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,12 @@ class ArtifactCache:
             self._made[key] = output
         return self._made[key]
 
-    def library(self, source: Path, library: Path, level: Level) -> str:
+    def library(self, sources: Sequence[Path], library: Path, level: Level) -> str:
         """In place of `compile_library`."""
-        digest = hashlib.sha256(source.read_bytes() + level.name.encode()).hexdigest()
+        digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + level.name.encode()).hexdigest()
         kept, version = self._folder / f"{digest}.so", self._folder / f"{digest}.txt"
         if not version.exists():
-            version.write_text(compile_library(source, kept, level))
+            version.write_text(compile_library(sources, kept, level))
         shutil.copy(kept, library)
         return version.read_text()
 

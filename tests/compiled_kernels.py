@@ -35,7 +35,7 @@ SIZES = {
 LIMITS = {"rows": 16, "slots": 4, "context": 384, "outputs": 4}
 FAMILIES = {  # type of the checkpoint (or `mixed`), --quant, type of its numbers, of the cache
     "llama": ("llama", "", torch.bfloat16, "f32"),
-    "qwen2": ("qwen2", "int8", torch.float32, "f32"),
+    "qwen2": ("qwen2", "fp8", torch.float32, "f32"),
     "qwen3": ("qwen3", "int4", torch.float32, "bf16"),
     "gemma3": ("gemma3_text", "", torch.float32, "f32"),
     "every block format and f16": ("mixed", "", torch.float32, "f32"),

@@ -31,11 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArtifactCache]:
-    """Compiles a checkpoint; see `ArtifactCache`."""
+    """Compiles a checkpoint; see `ArtifactCache`. The processes of a run share the kernels that models share."""
     cache = ArtifactCache(tmp_path_factory.mktemp("compiled"))
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "compile_library", cache.library)
-        patch.setenv("ONELAUNCH_CACHE", str(tmp_path_factory.mktemp("kernels")))
+        patch.setenv("ONELAUNCH_CACHE", str(shared / "cache"))
         host.kernel_folder.cache_clear()
         yield cache
     host.kernel_folder.cache_clear()

@@ -43,6 +43,8 @@ STALE = 0x47  # as bytes of float32 or bf16: about 51,000
 PROMPT = [5, 17, 200, 33, 8, 91, 4, 250, 77, 12, 100, 60]  # twelve rows: the first step takes the `many` bucket
 # sm_89's PTX is sm_90's but for how a bucket of many rows is tiled: one family of it, the one with a bf16 cache.
 each_step = each([*product(DENSE, ARCHS), ("qwen3", 89), MIXED, *MOE])
+# What does not hang on how an architecture's instructions are chosen: each family on one, each architecture once.
+each_family = each([*zip(DENSE, ARCHS, strict=True), MIXED, *MOE])
 
 
 @cache

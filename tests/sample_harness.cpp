@@ -1,6 +1,6 @@
 // C entry points to sample.h and rope.h for tests/test_sample.py.
 #include "rope.h"
-#include "sample.h"
+#include "units/sample.cpp"
 
 extern "C" {
 int harness_sample(float* logits, float* maxima, int vocab, const Sampling* how, const uint32_t* seen,

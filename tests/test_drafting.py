@@ -6,12 +6,14 @@ import ctypes
 import subprocess
 import tempfile
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from onelaunch.codegen.cpu.units import look_up_unit
 from onelaunch.ir import drafting
-from onelaunch.ir.drafting import LONGEST, MATCH_BITS, SHORTEST, adapted, look_up
+from onelaunch.ir.drafting import adapted, look_up
 from onelaunch.ir.errors import CompileError, UsageError
 from onelaunch.ir.limits import Limits
 from onelaunch.runtime.speculate import FORMS, Wish, drafts_of, parse_speculate
@@ -66,10 +68,10 @@ def native_look_up(level, history, count):
 @cache
 def harness(level):
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*LEVEL_FLAGS[level], f"-DOL_LEVEL={level}", f"-DRUN_FROM={SHORTEST}", f"-DRUN_TO={LONGEST}"]
-        flags.append(f"-DRUN_BITS={MATCH_BITS}")
+        Path(folder, "drafts.cpp").write_text(look_up_unit())
+        flags = [*LEVEL_FLAGS[level], f"-DOL_LEVEL={level}", f"-I{TEMPLATES}", f"-I{folder}"]
         source, out = str(TESTS / "draft_harness.cpp"), f"{folder}/drafts.so"
-        common = ["g++", "-O2", "-std=c++17", "-Wno-psabi", "-shared", "-fPIC", f"-I{TEMPLATES}"]
+        common = ["g++", "-O2", "-std=c++17", "-Wno-psabi", "-shared", "-fPIC"]
         subprocess.run([*common, *flags, source, "-o", out], check=True)
         return ctypes.CDLL(out)
 

@@ -1,11 +1,14 @@
 """Faults planted into the compiled step, on the emulator: what planted.py says that this rung notices, it notices.
 
 Every fault of a table, of a schedule and of compiled code is planted into every family, each on the architecture after
-the one before; those of the generated text, which cost a compilation each, into one kernel.
+the one before and, of compiled code, in the row buckets by turns; those of the generated text, which cost a
+compilation each, into one kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from random import Random
 
 import planted
@@ -44,39 +47,45 @@ def first_noticed(gpu: EmulatedStep, seed: int, **how) -> str:
     return next(filter(None, (noticed(gpu, seed + i, **how) for i in range(INTERLEAVINGS))), "")
 
 
-def planted_into(kind: str):
-    """Parametrize by family, architecture and the names of a kind of faults."""
+@cache
+def intact(family: str, arch: int, rows: int = 4) -> EmulatedStep:
+    """A step that gives nothing away before something is planted into it."""
+    gpu = emulated_step(family, arch)
+    assert noticed(gpu, arch, rows) == ""
+    return gpu
+
+
+def planted_into(kind: str, row_counts: Sequence[int] = (4,)):
+    """Parametrize by family, architecture, the names of a kind of faults and, in turn, rows of a step."""
     made = []
     for i, family in enumerate(DENSE):
         for j, name in enumerate(names(kind)):
-            arch = ARCHS[(i + j) % len(ARCHS)]
-            made.append(pytest.param(family, arch, name, id=f"{name} {family} sm_{arch}", marks=group(family)))
-    return pytest.mark.parametrize(("family", "arch", "name"), made)
+            arch, rows = ARCHS[(i + j) % len(ARCHS)], row_counts[i % len(row_counts)]
+            case = f"{name} {family} sm_{arch} {rows}"
+            made.append(pytest.param(family, arch, name, rows, id=case, marks=group(family)))
+    return pytest.mark.parametrize(("family", "arch", "name", "rows"), made)
 
 
 @planted_into("table")
-def test_faults_of_a_table_are_noticed(family, arch, name):
-    gpu = emulated_step(family, arch)
-    assert noticed(gpu, arch) == ""
+def test_faults_of_a_table_are_noticed(family, arch, name, rows):
+    gpu = intact(family, arch, rows)
     broken = planted.FAULTS[name].apply(gpu.tables, Random(arch))
-    found = first_noticed(gpu, arch, tables=broken, rows=12 if name == "swapped_buckets" else 4)
+    found = first_noticed(gpu, arch, tables=broken, rows=12 if name == "swapped_buckets" else rows)
     expected = {"target_too_high": {"Deadlock"}, "dropped_signal": {"Deadlock"}}
     assert found in expected.get(name, {"race", "PoisonRead", "OutOfBounds"})
 
 
 @planted_into("schedule")
-def test_faults_of_a_schedule_are_noticed(family, arch, name):
-    gpu = emulated_step(family, arch)
+def test_faults_of_a_schedule_are_noticed(family, arch, name, rows):
+    gpu = intact(family, arch, rows)
     broken = planted.FAULTS[name].apply(gpu.schedules["few"], Random(arch))
     tables = {"few": lower(broken, gpu.source.bodies["few"], gpu.plan)}
-    assert first_noticed(gpu, arch, tables=tables) in {"race", "PoisonRead"}
+    assert first_noticed(gpu, arch, tables=tables, rows=rows) in {"race", "PoisonRead"}
 
 
-@planted_into("ptx")
-@pytest.mark.parametrize("rows", [4, 12])
+@planted_into("ptx", (4, 12))
 def test_faults_of_compiled_code_are_noticed(family, arch, name, rows):
-    gpu = emulated_step(family, arch)
-    assert noticed(gpu, arch, rows) == ""
+    gpu = intact(family, arch, rows)
     assert first_noticed(gpu, arch, rows=rows, change=planted.FAULTS[name].apply) == "race"
 
 

@@ -1,21 +1,18 @@
-"""Render the CPU step: one C++ file from a fused and tiled program.
+"""Render the CPU step: C++ from a fused and tiled program.
 
 Bodies that render to the same text are one function, whichever layers and phases they serve.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ... import __version__
 from ...ir.access import stored
 from ...ir.bodies import GATHER_ROWS, Args, part_epilogue, part_of
-from ...ir.drafting import LONGEST, MATCH_BITS, SHORTEST
 from ...ir.errors import expect
 from ...ir.graph import Graph
 from ...ir.limits import (
@@ -38,8 +35,8 @@ from ...ir.types import OUTPUTS, Value
 from ..rendering import Bodies, render_bodies, template
 from . import emit
 from .experts import experts_fields
+from .units import STEP, TEMPLATES, kernel_units, unit
 
-TEMPLATES = Path(__file__).parent / "templates"
 HEAD_DIM_MAX = 256  # of the attention kernel's stack buffers
 C_TYPES = {"int32": "int32_t", "uint32": "uint32_t", "uint64": "uint64_t", "float32": "float"}
 ACTS = {"q8": "Act::Q8", "bf16": "BF16::ACT", "f32": "Act::F32"}
@@ -47,9 +44,9 @@ ACTS = {"q8": "Act::Q8", "bf16": "BF16::ACT", "f32": "Act::F32"}
 
 @dataclass(frozen=True)
 class Source:
-    """Generated C++ and, for each bucket, the body each task runs with its arguments."""
+    """Generated C++ by file name without suffix and, for each bucket, the body each task runs with its arguments."""
 
-    text: str
+    units: dict[str, str]
     bodies: Bodies
 
 
@@ -61,7 +58,8 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
     expect(all(g.type.head_dim <= HEAD_DIM_MAX for g in groups), f"expected head_dim <= {HEAD_DIM_MAX}")
     listed, bodies = render_bodies(schedules, partial(_body_text, limits), "//")
     vocab = program.logits.tensor.width
-    text = template(TEMPLATES, "step.cpp.j2").render(
+    step = unit(
+        "step.cpp.j2",
         version=__version__,
         program=program,
         level=level,
@@ -90,21 +88,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
             for f in state_fields(limits, vocab, len(groups), program.routing)
         ],
     )
-    return Source(_inline(text, set()), bodies)
-
-
-def _inline(text: str, seen: set[str]) -> str:
-    """Replace `#include "x.h"` by the header, once: the artifact's source is one file that compiles alone."""
-
-    def header(match: re.Match[str]) -> str:
-        name = match[1]
-        if name in seen:
-            return ""
-        seen.add(name)
-        body = (TEMPLATES / name).read_text().replace("#pragma once\n", "")
-        return _inline(body, seen)
-
-    return re.sub(r'^#include "([\w.]+)"$', header, text, flags=re.MULTILINE)
+    return Source({STEP: step, **kernel_units(program, limits)}, bodies)
 
 
 def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args) -> str:
@@ -129,8 +113,7 @@ def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args
             sizes = {"stride": padded(width), "maxima_stride": padded(width) // 32}
             return str(template(TEMPLATES, f"{kind}.cpp.j2").render(**common, **sizes))
         case _:
-            rules = {"shortest": SHORTEST, "longest": LONGEST, "match_bits": MATCH_BITS}
-            return str(template(TEMPLATES, "commit.cpp.j2").render(**common, **rules))
+            return str(template(TEMPLATES, "commit.cpp.j2").render(**common))
 
 
 def _row_count(value: Value) -> str:

@@ -231,14 +231,13 @@ class Dots:
 
     def _unpack(self, j: int, g: int) -> tuple[str, list[str]]:
         """The register with row j's codes of group g, and the instructions that put them there."""
-        if any(p.name == "w4" for p in self.fmt.planes):
+        if self.fmt.width == 8:
             return f"w{g}_{j}", []
-        word = f"w{g % 4}_{j}"
+        word, shift = (f"w{g % 4}_{j}", g // 4 * 4) if self.fmt.width == 4 else (f"w{g // 4}_{j}", g % 4 * 2)
         if self.fmt.table:
             return ("a", self._looked_up(g, word)) if g < 4 else (f"u{g - 4}", [])
-        lines = [f"and.b32 a, {word}, 0x0F0F0F0F;"]
-        if g >= 4:
-            lines = [f"shr.u32 a, {word}, 4;", "and.b32 a, a, 0x0F0F0F0F;"]
+        mask = "0x0F0F0F0F" if self.fmt.width == 4 else "0x03030303"
+        lines = [f"shr.u32 a, {word}, {shift};", f"and.b32 a, a, {mask};"] if shift else [f"and.b32 a, {word}, {mask};"]
         if self.fmt.upper:
             plane, shift, mask = self.fmt.upper[g]
             moved = f"shl.b32 b, {plane}_{j}, {shift};" if shift >= 0 else f"shr.u32 b, {plane}_{j}, {-shift};"

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...ir.errors import CompileError
-from ...ir.formats import BLOCK_K, FORMATS, TILE_ROWS, Format
+from ...ir.format import Level
+from ...ir.formats import BLOCK_K, FORMATS, TILE_ROWS, Format, packed_bytes
 from ...ir.records import TABLES
 from ..cpu.pack import PLANES
 
@@ -45,7 +46,8 @@ class Scale:
 class Reader:
     """The Triton view of an integer format: scale * (code - zero) + minimum.
 
-    upper:   where the bits past four of each group lie: plane, shift to the left, mask
+    upper:   where the upper bits of each group lie, if not with the others: plane, shift to the left, mask
+    width:   bits of a code that are in its main plane
     scale:   expression of the scale of each part of a block (two parts where 16 k share one), of `scales`
     minimum: expression of what is added, '' = nothing
     single:  expression of one code, of `code` at `code_byte` and, where there is one, `extra` at `extra_byte`;
@@ -56,6 +58,7 @@ class Reader:
     block_words: int
     planes: tuple[Plane, ...]
     upper: tuple[tuple[str, int, str], ...]
+    width: int
     scales: tuple[Scale, ...]
     scale: tuple[str, ...]
     minimum: str
@@ -95,8 +98,26 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Trailer:
+    """Scales at the end of a tile, [scale][32 rows]: templates of {at}, the tile's words from there on, {k} and {row}.
+
+    every: k that share one, 0: the whole row      words: of a tile of `blocks` times 32 k, an expression
+    place: where one lies, typed                   value: its float32
+    """
+
+    every: int
+    words: str
+    place: str
+    value: str = "{}"
+
+    @property
+    def is_bytes(self) -> bool:
+        return "uint8" in self.place
+
+
+@dataclass(frozen=True)
 class DenseReader:
-    """The Triton view of a dense format: lines of one k, or of a pair of k, for 32 rows.
+    """The Triton view of a dense format: lines of a few k for 32 rows.
 
     words: 32-bit words of a line          line_k: k of a line
     lines: lines that the threads of a CTA read at once, each four words of one
@@ -108,6 +129,23 @@ class DenseReader:
     lines: int
     element: str  # the Triton type of an element
     place: str  # element of a tile: a template of {k} and {row}
+    value: str = "{}.to(tl.float32)"  # of a loaded element
+    trailer: Trailer | None = None
+
+    @property
+    def panel(self) -> str:
+        """The form of activation that it is multiplied with."""
+        return "bf16" if self.name == "bf16" else "f32"
+
+    @property
+    def panel_words(self) -> int:
+        """Words of activations to a line."""
+        return self.line_k // 2 if self.panel == "bf16" else self.line_k
+
+    @property
+    def scale(self) -> Trailer | None:
+        """Scales that change within a row."""
+        return self.trailer if self.trailer and self.trailer.every else None
 
     @property
     def block_words(self) -> int:
@@ -120,7 +158,9 @@ class DenseReader:
 
 
 def _upper(fmt: Format) -> tuple[tuple[str, int, str], ...]:
-    """For each group of 4 k: the plane with the bits past four, how far left they move, and the mask then."""
+    """For each group of 4 k: the plane with its upper bits, how far left they move, and the mask then."""
+    if fmt.bits == 3:
+        return tuple(("h0", 2 - g, "0x04040404") for g in range(8))
     if fmt.bits == 5:
         return tuple(("h0", 4 - g, "0x10101010") for g in range(8))
     if fmt.bits == 6:
@@ -134,15 +174,19 @@ def _plane(fmt: Format, width: int) -> tuple[int, ...]:
 
 
 def _planes(fmt: Format) -> tuple[Plane, ...]:
-    codes = [Plane(f"w{j}", at // WORD) for j, at in enumerate(_plane(fmt, 8) or _plane(fmt, 4))]
-    upper = [Plane(f"h{i}", at // WORD) for i, at in enumerate(_plane(fmt, fmt.bits - 4) if 4 < fmt.bits < 8 else ())]
-    return (*codes, *upper)
+    *upper, codes = PLANES[fmt.bits]
+    named = [("w", codes), *(("h", plane) for plane in upper)]
+    return tuple(Plane(f"{letter}{i}", at // WORD) for letter, plane in named for i, at in enumerate(plane.at))
 
 
 def _single(fmt: Format) -> tuple[str, str, str]:
     """Where one code lies: its byte, the byte of its upper bits, and how the two make the code."""
     if fmt.bits == 8:
         return "{k} // 4 * 128 + half * 64 + {r} * 4 + {k} % 4", "", "code"
+    if fmt.bits == 3:
+        byte = f"{{k}} // 16 * 128 + {_plane(fmt, 2)[0]} + half * 64 + {{r}} * 4 + {{k}} % 4"
+        low, upper = "((code >> ({k} // 4 % 4 * 2)) & 3)", "half * 64 + {r} * 4 + {k} % 4"
+        return byte, upper, low + " | (((extra >> ({k} // 4)) & 1) << 2)"
     byte = "{k} // 4 % 4 * 128 + half * 64 + {r} * 4 + {k} % 4"
     first = _plane(fmt, 4)[0]
     byte += f" + {first}" if first else ""
@@ -207,21 +251,36 @@ def _meaning(fmt: Format) -> tuple[tuple[str, ...], str]:
 def _integer(fmt: Format) -> Reader:
     step = next((p.step // WORD for p in fmt.places if p.step), 0)
     return Reader(
-        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _upper(fmt), _scales(fmt),
+        fmt.name, fmt.packed_block_bytes // WORD, _planes(fmt), _upper(fmt), PLANES[fmt.bits][-1].width, _scales(fmt),
         *_meaning(fmt), max(fmt.zero, -min(fmt.table, default=0)), fmt.packed_blocks, fmt.packed_lead_bytes // WORD,
         step, fmt.trailer is not None, *_single(fmt), table=fmt.table,
     )  # fmt: skip
+
+
+def _trailer(level: Level | None) -> Trailer | None:
+    if level is None:
+        return None
+    if level.dtype == "e8m0":
+        place = "({at}).to(tl.pointer_type(tl.uint8)) + {k} // 32 * 32 + {row}"
+        return Trailer(32, "(blocks * 8 + 15) // 16 * 16", place, "2.0 * half_e8m0({})")
+    place = "({at}).to(tl.pointer_type(tl.float32)) + " + (f"{{k}} // {level.every} * 32 + " if level.every else "")
+    count = f"(blocks * 32 + {level.every - 1}) // {level.every} * " if level.every else ""
+    return Trailer(level.every, f"{count}{TILE_ROWS}", place + "{row}")
+
+
+def _fp8(fmt: Format) -> DenseReader:
+    place = "{k} // 4 * 128 + {row} * 4 + {k} % 4"
+    return DenseReader(fmt.name, 32, 4, 32, "tl.uint8", place, "e4m3({}.to(tl.int32), 24)", _trailer(fmt.trailer))
 
 
 _DENSE = {
     "f32": DenseReader("f32", 32, 1, 32, "tl.float32", "{k} * 32 + {row}"),
     "bf16": DenseReader("bf16", 32, 2, 32, "tl.bfloat16", "{k} // 2 * 64 + {row} * 2 + {k} % 2"),
     "f16": DenseReader("f16", 16, 1, 64, "tl.float16", "{k} * 32 + {row}"),
-}
-LEAST_BITS = 4  # of integer codes: of fewer a GPU has no reader
+} | {f.name: _fp8(f) for f in FORMATS.values() if f.dense and f.bits == 8}
 READERS: dict[str, Reader | DenseReader] = _DENSE | {
-    f.name: _integer(f) for f in FORMATS.values() if not f.dense and f.bits >= LEAST_BITS
-}
+    f.name: _integer(f) for f in FORMATS.values() if not f.dense and not (f.has_min and f.block < BLOCK_K)
+}  # no reader has a minimum for each 16 k
 
 
 def reader(name: str) -> Reader | DenseReader:
@@ -243,10 +302,21 @@ def body_words(fmt: Reader | DenseReader) -> str:
 
 def trailer_words(fmt: Reader | DenseReader) -> str:
     """Of its trailer, with a sign; empty without one."""
-    return f" + {TILE_ROWS}" if isinstance(fmt, Reader) and fmt.row_scale else ""
+    if isinstance(fmt, Reader):
+        return f" + {TILE_ROWS}" if fmt.row_scale else ""
+    return f" + {fmt.trailer.words}" if fmt.trailer else ""
+
+
+def has_row_scale(fmt: Reader | DenseReader) -> bool:
+    """Whether its trailer is a scale per row, which multiplies the results."""
+    return fmt.row_scale if isinstance(fmt, Reader) else fmt.trailer is not None and not fmt.trailer.every
+
+
+def body_word_count(fmt: Reader | DenseReader, blocks: int) -> int:
+    """Words of one tile of 32 rows by `blocks` times 32 k before its trailer."""
+    return blocks // fmt.blocks * fmt.super_words if isinstance(fmt, Reader) else blocks * fmt.block_words
 
 
 def tile_words(fmt: Reader | DenseReader, blocks: int) -> int:
     """Words of one tile of 32 rows by `blocks` times 32 k."""
-    words = blocks // fmt.blocks * fmt.super_words if isinstance(fmt, Reader) else blocks * fmt.block_words
-    return words + (TILE_ROWS if isinstance(fmt, Reader) and fmt.row_scale else 0)
+    return packed_bytes(FORMATS[fmt.name], TILE_ROWS, BLOCK_K * blocks) // WORD

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.bodies import UNIT_ROWS
+from ...ir.formats import FORMATS
 from ...ir.limits import Limits
 from ...ir.schedule import STRATEGIES
 from ..rendering import template
@@ -25,6 +26,7 @@ from .formats import (
     DenseReader,
     Reader,
     body_words,
+    has_row_scale,
     reader,
     table_name,
     trailer_words,
@@ -88,15 +90,15 @@ def tile_words_text(fmt: Reader | DenseReader) -> str:
 
 def row_scale_text(fmt: Reader | DenseReader) -> str:
     """The scales of a tile's rows, [32, 1]; empty if they have none."""
-    if not trailer_words(fmt):
+    if not has_row_scale(fmt):
         return ""
     return f"tl.load((tile + {body_words(fmt)}).to(tl.pointer_type(tl.float32)) + tl.arange(0, 32))[:, None]"
 
 
 def tables_text(names: Sequence[str]) -> str:
-    """What formats with a table of codes' meanings read them by; empty if none of `names` has one."""
+    """What formats with a table of codes' meanings and those of 8-bit floats are read by; empty for other `names`."""
     tables = {r.table: r.zero for name in names if isinstance(r := READERS.get(name), Reader) and r.table}
-    if not tables:
+    if not tables and not any(FORMATS[name].dense and FORMATS[name].bits == 8 for name in names):
         return ""
     listed = [Table(table_name(table), tuple(zero + v for v in table), zero) for table, zero in tables.items()]
     return str(template(TEMPLATES, "tables.py.j2").render(tables=listed))
@@ -140,7 +142,6 @@ def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> 
         for kind in kinds
         for n, count in (("one", 1), ("several", rows))
     ]
-    halves = "ab" if fmt.name == "f16" else "a"  # words of two rows have a sum for each
     values: dict[str, Any] = {
         "fmt": fmt,
         "tile_rows": rows,
@@ -150,11 +151,13 @@ def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> 
     }
     if isinstance(fmt, DenseReader):
         values |= {
-            "panel_type": PANEL_TYPES["bf16" if fmt.name == "bf16" else "f32"],
+            "panel_type": PANEL_TYPES[fmt.panel],
+            "body_words": body_words(fmt),
             "groups": CHUNK_GROUPS,
-            "sums": ", ".join(f"sums_{half}" for half in halves),
+            "sums": ", ".join(f"sums_{half}" for half in _halves(fmt)),
+            "x": ", ".join(f"x{i}" for i in range(fmt.panel_words)),
             "held": held,
-            "variants": [DenseVariant(f"{n}_{fmt.name}", count, rows, kind, halves) for n, count, kind in names],
+            "variants": [DenseVariant(f"{n}_{fmt.name}", count, rows, kind, fmt) for n, count, kind in names],
         }
     elif strategy == "vector":
         values |= {
@@ -164,6 +167,11 @@ def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> 
             "variants": [Variant(f"{n}_{fmt.name}", count, rows, kind, fmt) for n, count, kind in names],
         }
     return str(template(TEMPLATES, f"{strategy}{'_dense' if dense else ''}.py.j2").render(**values))
+
+
+def _halves(fmt: DenseReader) -> str:
+    """Names of the sums that a word adds to: words of two rows have a sum for each."""
+    return "ab" if fmt.name == "f16" else "a"
 
 
 class _Tile:
@@ -254,19 +262,27 @@ class DenseVariant(_Tile):
     rows: int
     room: int
     held: bool
-    halves: str  # of a word: names of its sums
+    fmt: DenseReader
     axis = 0
 
     @property
     def sums(self) -> list[str]:  # type: ignore[override]
-        return [f"sums{p}_{half}{j}" for j in range(QUAD) for half in self.halves for p in range(self.rows)]
+        return [f"sums{p}_{half}{j}" for j in range(QUAD) for half in _halves(self.fmt) for p in range(self.rows)]
 
     def far(self, i: int) -> str:
         """The words of group i of lines, from device memory."""
         return ", ".join(f"far{i}_{j}" for j in range(QUAD))
 
     def of(self, p: int, j: int) -> str:
-        return ", ".join(f"sums{p}_{half}{j}" for half in self.halves)
+        return ", ".join(f"sums{p}_{half}{j}" for half in _halves(self.fmt))
+
+    def x(self, i: int) -> str:
+        """The activations to group i of lines."""
+        return ", ".join(f"x{i}_{n}" for n in range(self.fmt.panel_words))
+
+    def scales(self, i: int) -> str:
+        """Those of four rows, of group i of lines."""
+        return ", ".join(f"scale{i}_{j}" for j in range(QUAD))
 
 
 def joined(names: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ...ir.errors import expect
-from ...ir.formats import TILE_ROWS
 from ...ir.limits import PARTIAL_HEADER, SPLIT_TOKENS, partial_floats
 from ...ir.op import Op
 from ...ir.ops import (
@@ -30,7 +29,7 @@ from ...ir.record import ARGS
 from ...ir.schedule import padded, value_floats
 from ...ir.types import Value
 from .emit import POINTWISE, ident, lanes, stride
-from .formats import PANEL_WORDS, DenseReader, Reader, reader, tile_words
+from .formats import PANEL_WORDS, DenseReader, Reader, body_word_count, reader, tile_words
 
 CHUNK = 4096  # values of a row at a time: all their loads are one latency
 LOG2E = 1.4426950408889634
@@ -243,7 +242,12 @@ def embed_lines(op: Embed, tile: str) -> list[str]:
     ]
     if isinstance(fmt, DenseReader):
         element = f"table.to(tl.pointer_type({fmt.element})) + {fmt.place.format(k='k', row='r')}"
-        return [*lines, f"{tile} = tl.load({element}, mask=inside, other=0.0).to(tl.float32)"]
+        value = fmt.value.format(f"tl.load({element}, mask=inside, other=0)")
+        if fmt.trailer:
+            place = fmt.trailer.place.format(at=f"table + {body_word_count(fmt, blocks)}", k="k", row="r")
+            within = ", mask=inside, other=0" if fmt.scale else ""  # else one scale for all of a row
+            value += " * " + fmt.trailer.value.format(f"tl.load({place}{within})")
+        return [*lines, f"{tile} = {value}"]
     return [*lines, *_embed_code(fmt), f"{tile} = tl.where(inside, {_value(fmt)}, 0.0){_row_scale(fmt, blocks)}"]
 
 
@@ -279,5 +283,5 @@ def _value(fmt: Reader) -> str:
 
 
 def _row_scale(fmt: Reader, blocks: int) -> str:
-    body = tile_words(fmt, blocks) - TILE_ROWS
-    return f" * tl.load(table + {body} + r).to(tl.float32, bitcast=True)" if fmt.row_scale else ""
+    place = f"table + {body_word_count(fmt, blocks)} + r"
+    return f" * tl.load({place}).to(tl.float32, bitcast=True)" if fmt.row_scale else ""

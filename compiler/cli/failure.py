@@ -16,7 +16,7 @@ BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 
 def report(error: BaseException) -> int:
     """Print what went wrong on stderr; returns the exit code."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # typer exits for it
         return _quiet()
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         print("interrupted", file=sys.stderr)

@@ -15,7 +15,6 @@ import platform
 from pathlib import Path
 from pydoc_data.topics import topics
 
-
 BEGINNING = 500  # characters of a topic: some 4,000 tokens in all, so that calibration takes minutes
 
 

@@ -1,7 +1,7 @@
 // Pointwise functions over 16 lanes, and how rows are cut into panels.
 #pragma once
-#include "attend.h"
-#include "linear.h"
+#include "attend_query.h"
+#include "linear_tile.h"
 
 inline F silu(F x) {  // x / (1 + e^-x), through e^-|x| so that nothing overflows
   F e = f_exp2(f_mul(f_abs(x), f_set1(-LOG2E)));

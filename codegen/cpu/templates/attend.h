@@ -12,17 +12,10 @@
 #pragma once
 #include <type_traits>
 
-#include "attend_partial.h"
+#include "attend_query.h"
 
-constexpr int SPLIT_TOKENS = 256, PAGE_BLOCKS = PAGE_TOKENS / 16;
+constexpr int PAGE_BLOCKS = PAGE_TOKENS / 16;
 constexpr int QUERIES_MAX = OL_LEVEL == 2 ? 6 : OL_LEVEL == 1 ? 4 : 2;  // queries of one pass
-constexpr int AHEAD = 2048;  // bytes between a load and the prefetch beside it
-
-struct Query {
-  const float* x;  // [head_dim], times softmax_scale * log2(e)
-  float* partial;  // [partial_floats(head_dim)]
-  int lo, hi;      // visible tokens lo..hi-1
-};
 
 // ---- one pass: NQ queries over the tiles of one split -------------------------------------------
 
@@ -125,7 +118,7 @@ struct Pass {
   }
 
   const uint8_t* tile(int page) const {
-    return kv.base + kv_page_offset<KV>(kv.pages[page], kv.run_stride, kv.head_dim);
+    return kv_page<KV>(kv, page);
   }
 
   // Scores of blocks first..last-1 of 16 tokens. A score is the sum over even rows of K plus the sum over odd
@@ -226,22 +219,22 @@ struct Pass {
   }
 };
 
-// NQ queries over one split, each folded into its partial.
+// NQ queries over one split, each folded into its partial; `after` is read next, if not null.
 template <class KV, int NQ>
-__attribute__((noinline)) void attend_split(const KvHead& kv, const Query* queries, int split) {
+__attribute__((noinline)) void attend_split(const KvHead& kv, const Query* queries, int split, const uint8_t* after) {
   int lo = queries[0].lo, hi = queries[0].hi;
   for (int q = 1; q < NQ; ++q) {
     lo = queries[q].lo < lo ? queries[q].lo : lo;
     hi = queries[q].hi > hi ? queries[q].hi : hi;
   }
   constexpr int pages = SPLIT_TOKENS / PAGE_TOKENS;
-  const int page_end = (hi + PAGE_TOKENS - 1) / PAGE_TOKENS;  // of the context, for prefetching into the next split
+  const int page_end = (hi + PAGE_TOKENS - 1) / PAGE_TOKENS;
   const int from = lo / PAGE_TOKENS > pages * split ? lo / PAGE_TOKENS : pages * split;
   const int to = page_end < pages * (split + 1) ? page_end : pages * (split + 1);
   Pass<KV, NQ> pass(kv, queries);
   for (int page = from; page < to; ++page) {
-    const uint8_t *here = pass.tile(page), *next = kv.after ? kv.after : here;
-    pass.attend(here, page + 1 < page_end ? pass.tile(page + 1) : next, PAGE_TOKENS * page);
+    const uint8_t *here = pass.tile(page), *last = after ? after : here;
+    pass.attend(here, page + 1 < to ? pass.tile(page + 1) : last, PAGE_TOKENS * page);
   }
   alignas(64) float partial[PARTIAL_O + HEAD_DIM_MAX];
   for (int q = 0; q < NQ; ++q) {
@@ -252,22 +245,22 @@ __attribute__((noinline)) void attend_split(const KvHead& kv, const Query* queri
 
 // `n` queries, at most NQ, as one pass.
 template <class KV, int NQ>
-void attend_some(const KvHead& kv, const Query* queries, int n, int split) {
-  if (n == NQ) attend_split<KV, NQ>(kv, queries, split);
-  else if constexpr (NQ > 1) attend_some<KV, NQ - 1>(kv, queries, n, split);
+void attend_some(const KvHead& kv, const Query* queries, int n, int split, const uint8_t* after) {
+  if (n == NQ) attend_split<KV, NQ>(kv, queries, split, after);
+  else if constexpr (NQ > 1) attend_some<KV, NQ - 1>(kv, queries, n, split, after);
 }
 
-// Queries of any number, all of one slot and kv head, over splits split_begin..split_end-1, folded into
-// their partials (which `begin` starts). With many rows a worker gives all splits of the context at once;
-// with few rows one split per call, and whoever needs the row folds the partials later: the same bits.
 template <class KV>
 void attend_row_group(const KvHead& kv, const Query* queries, int n, int split_begin, int split_end) {
   const int passes = (n + QUERIES_MAX - 1) / QUERIES_MAX;
-  for (int split = split_begin; split < split_end; ++split)
+  for (int split = split_begin; split < split_end; ++split) {
+    const int next = (split + 1) * (SPLIT_TOKENS / PAGE_TOKENS);
+    const uint8_t* after = split + 1 < split_end ? kv_page<KV>(kv, next) : kv.after;
     for (int i = 0; i < passes; ++i) {
       const int from = n * i / passes, count = n * (i + 1) / passes - from;
-      attend_some<KV, QUERIES_MAX>(kv, queries + from, count, split);
+      attend_some<KV, QUERIES_MAX>(kv, queries + from, count, split, i + 1 < passes ? nullptr : after);
     }
+  }
 }
 
 inline int split_first(const Query& q) { return q.lo / SPLIT_TOKENS; }

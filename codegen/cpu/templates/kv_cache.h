@@ -51,6 +51,11 @@ size_t kv_page_offset(int page, size_t run_stride, int head_dim) {
   return run_stride * size_t(page / PAGE_RUN) + kv_tile_bytes<KV>(head_dim) * size_t(page % PAGE_RUN);
 }
 
+template <class KV>
+const uint8_t* kv_page(const KvHead& kv, int page) {
+  return kv.base + kv_page_offset<KV>(kv.pages[page], kv.run_stride, kv.head_dim);
+}
+
 // Values to lanes of the cache's type, zeros up to the padded dim.
 template <class KV>
 void to_lanes(const float* x, int head_dim, uint32_t* lanes) {

@@ -7,9 +7,7 @@
 // `tile_dense`; both add the sum of each block of 32 k to the row's accumulator in order of k, so a row's
 // bits never depend on M. A new format is a struct there and an entry in ir/records.py.
 #pragma once
-#include "simd.h"
-
-#include "linear_act.h"
+#include "linear_tile.h"
 
 constexpr int LINE = 64;
 constexpr int PREFETCH_AHEAD = 1024;                   // bytes
@@ -182,7 +180,6 @@ OL_INLINE void tile_panel(int rows, const uint8_t* w, int K, const uint8_t* pane
   if constexpr (M > 1) tile_panel<Fmt, M - 1>(rows, w, K, panel, y, ldy);
 }
 
-// One tile against R activation rows, packed by pack_act<Fmt::ACT>.
 template <class Fmt>
 void tile(const uint8_t* w, int K, const uint8_t* act, int R, float* y, size_t ldy) {
   for (int r = 0, rows; r < R; r += rows) {
@@ -228,7 +225,6 @@ OL_INLINE void decode_row_dense(const uint8_t* w, int K, int half, int lane, flo
   }
 }
 
-// Row `row` of a packed matrix as f32, exactly as formats.decode has it; K padded to 32.
 template <class Fmt>
 void decode_row(const uint8_t* packed, int K, int row, float* out) {
   const int half = row % TILE_ROWS / 16, lane = row % 16;
