@@ -15,14 +15,17 @@ from onelaunch.compiler.layerwise import LayerRun
 from onelaunch.compiler.perplexity import Tally
 from onelaunch.compiler.reference_weights import ReferenceWeights
 from onelaunch.compiler.text_file import checkpoint_tokenizer
+from onelaunch.compiler.verify import verify_artifact
 from onelaunch.ir.errors import CompileError, UsageError
 from onelaunch.ir.formats import FORMATS, decode, quantize
 from onelaunch.ir.gptq import gptq, inverse_factor
+from onelaunch.ir.limits import Limits
 from onelaunch.ir.quantizers import GRIDS
 from onelaunch.models.importer import import_checkpoint
 from onelaunch.models.open import open_checkpoint
 from onelaunch.tests import small
 
+pytestmark = pytest.mark.xdist_group("test_cli")  # the same artifact
 torch.set_num_threads(1)  # tiny tensors: more threads only cost
 each_grid = pytest.mark.parametrize("name", list(GRIDS))
 
@@ -153,3 +156,21 @@ def test_calibration_and_schemes_go_together(quant: str, calibrate: str | None, 
     request = dataclasses.replace(request, calibrate=Path(calibrate) if calibrate else None)
     with pytest.raises(UsageError, match=reason):
         driver.compile_model(request)
+
+
+def test_verify_chooses_the_weights_again(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in small.changes().items():
+        monkeypatch.setenv(name, value)
+    limits = Limits(rows=16, slots=1, context=64, outputs=1)
+    path, how = tmp_path / "a", {"tokens": 4, "threads": 1, "phases": False, "progress": lambda _: None}
+    driver.compile_model(driver.Request(small.model(), path, "auto", limits, (1,), "gptq-int4", text))
+    verdict = verify_artifact(path, small.model(), "the step", calibration=text, **how)
+    assert verdict.passed, verdict.lines()
+    other = tmp_path / "other.txt"
+    other.write_text(words(7, 120))
+    checks = verify_artifact(path, small.model(), "the step", calibration=other, **how).checks
+    assert [c.name for c in checks if c.passed is False][:1] == ["weights"]
+    with pytest.raises(UsageError, match="--calibrate: expected the text its weights were chosen by, got none"):
+        verify_artifact(path, small.model(), "the step", **how)
+    with pytest.raises(UsageError, match="--calibrate: expected none, got"):
+        verify_artifact(small.artifact(), small.model(), "the step", calibration=text, **how)
