@@ -42,19 +42,24 @@ Progress = Callable[[str, float, str], None]
 
 def read_pieces(checkpoint: Checkpoint, path: Path) -> list[list[int]]:
     """The token ids of a calibration text in sequences. UsageError for a text that does not do."""
-    tokens = checkpoint_tokenizer(checkpoint).encode(read_text(path, "--calibrate"))
-    return pieces(tokens, checkpoint.hyper["context"], str(path))
+    tokenizer = checkpoint_tokenizer(checkpoint)
+    tokens = tokenizer.encode(read_text(path, "--calibrate"))
+    return pieces(tokens, checkpoint.hyper["context"], str(path), tokenizer.bos if tokenizer.add_bos else -1)
 
 
-def pieces(tokens: Sequence[int], context: int, place: str) -> list[list[int]]:
-    """A calibration text's tokens in sequences; UsageError if they are fewer than one."""
+def pieces(tokens: Sequence[int], context: int, place: str, bos: int = -1) -> list[list[int]]:
+    """A calibration text's tokens in sequences, each from the begin token on; UsageError if they are fewer than one.
+
+    bos: what takes the place of the first token of each, -1: the model wants none.
+    """
     size = min(PIECE, context)
     if len(tokens) < size:
         raise UsageError(
             f"--calibrate: expected at least {size} tokens, got {len(tokens)}", place=place,
             hint="thousands of tokens like those the model will read calibrate well",
         )  # fmt: skip
-    return [list(tokens[i : i + size]) for i in range(0, len(tokens) - size + 1, size)][:PIECES]
+    found = [list(tokens[i : i + size]) for i in range(0, len(tokens) - size + 1, size)][:PIECES]
+    return [[bos, *piece[1:]] for piece in found] if bos >= 0 else found
 
 
 def calibrated(

@@ -138,6 +138,7 @@ def test_a_policy_calibrates_what_it_names_and_no_more(text: Path, tmp_path: Pat
 def test_a_text_is_cut_into_at_most_sixteen_sequences() -> None:
     assert [len(p) for p in pieces(list(range(1300)), 4096, "t")] == [512, 512]
     assert len(pieces(list(range(99_999)), 4096, "t")) == 16
+    assert [p[:2] for p in pieces(list(range(100, 1300)), 4096, "t", bos=1)] == [[1, 101], [1, 613]]
     assert len(pieces(list(range(130)), 64, "t")) == 2
     with pytest.raises(UsageError, match="expected at least 512 tokens, got 511"):
         pieces(list(range(511)), 4096, "t")
