@@ -88,9 +88,10 @@ def cache_entry(group: CacheGroup, limits: Limits, own_layers: int) -> dict[str,
         "kv_heads": kind.kv_heads,
         "head_dim": kind.head_dim,
         "window": kind.window,
+        "sinks": kind.sinks,
         "layers": len(group.layers),
         "draft_layers": sum(layer >= own_layers for layer in group.layers),
-        "ring_pages": limits.ring_pages(kind.window),
+        "ring_pages": limits.ring_pages(kind.window, kind.sinks),
         "tile_bytes": kv_tile_bytes(kind.head_dim, limits),
     }
 

@@ -17,6 +17,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
+from ..models.window import with_window
 from ..passes import GRAPH_PASSES, PIPELINE, Options
 from ..passes.policy import Policy, expect_matches, parse_policy, schemes, split_kinds
 from ..passes.quantize import CALIBRATED, quantize
@@ -51,6 +52,7 @@ class Request:
     pack: False leaves the weights out; the artifact can be inspected, not loaded.
     draft: a checkpoint whose model guesses `limits.drafts` tokens a step, where `limits.drafter` is `model`.
     target_files: TOML files, or folders of them, with machines of the user's own.
+    window: what layers without one see, 0: everything; sinks: first tokens that windows keep (`models/window.py`).
     """
 
     model: Path
@@ -66,6 +68,8 @@ class Request:
     pack: bool = True
     draft: Path | None = None
     target_files: Sequence[Path] = ()
+    window: int = 0
+    sinks: int = 0
 
 
 def silent(phase: str, seconds: float, detail: str) -> None:
@@ -121,6 +125,7 @@ def compile_imported(
         imported = calibrate(imported, request.quant, request.calibrate, progress)
     if draft is not None:
         imported = with_drafter(imported, draft, limits.drafts)
+    imported = replace(imported, program=with_window(imported.program, request.window, request.sinks))
     threads = thread_counts(request, targets)
     progress("import", time.perf_counter() - start, f"{checkpoint.family}, {len(checkpoint.tensors)} tensors")
     dump.keep("import", show(imported.program))
@@ -157,6 +162,7 @@ def _lower(
 ) -> Lowered | None:
     program, after, edited = imported.program, "import", None
     if request.start_from is not None:
+        _refuse_bounds(request)
         found, after = read_dump(request.start_from)
         edited = found if isinstance(found, Schedule) else None
         program = found.program if isinstance(found, Schedule) else found
@@ -171,6 +177,15 @@ def _lower(
     if edited is None:
         return lower_program(program, limits, workers, dump, progress)
     return _lower_edited(edited, after, limits, workers, dump, progress)
+
+
+def _refuse_bounds(request: Request) -> None:
+    for option, value in (("--window", request.window), ("--sinks", request.sinks)):
+        if value:
+            raise UsageError(
+                f"{option}: expected what the dump has, got {value} with --start-from",
+                hint="write them into its `kv[kv_heads, head_dim, window, sinks]`",
+            )
 
 
 def _lower_edited(

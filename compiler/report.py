@@ -17,6 +17,7 @@ from ..ir.phases import Phase
 from ..ir.schedule import Schedule, packed_name, part_experts, parts
 from ..ir.schedule_text import parse_schedule, show_task
 from ..ir.text import parse_program
+from ..ir.types import seen_tokens
 from ..runtime.artifact import Artifact
 
 Row = dict[str, Any]
@@ -44,6 +45,11 @@ def overview(artifact: Artifact, gbps: float) -> Row:
         "weights_by_format": dict(by_format),
         "bits_per_weight": 8 * sum(w["bytes"] for w in matrices) / count if count else 0.0,
         "kv_bytes_per_token": sum(g.page_bytes / PAGE_TOKENS for g in m.caches),
+        "windows": [
+            {"layers": g.layers, "of": sum(c.layers for c in m.caches), "window": g.window, "sinks": g.sinks}
+            for g in m.caches
+            if g.window
+        ],
         "workspace_bytes": m.workspace_bytes,
         "bytes_per_step": step,
         "bytes_per_guess": float(m.traffic.get("weights_per_guess", 0)),
@@ -62,14 +68,21 @@ def summary_lines(found: Row) -> list[str]:
     formats = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found["weights_by_format"].items())
     floor = f"{found['floor_ms']:.2f} ms, {1e3 / found['floor_ms']:.0f} tokens/s" if found["floor_ms"] else "none"
     drafts = found["limits"]["drafts"]
+    windows = ", ".join(map(_window_words, found["windows"]))
     guess = f"{found['bytes_per_guess'] / 1e6:.1f} MB for each token guessed, up to {drafts} a step"
     return [
         f"weights    {found['weights_bytes'] / 1e6:.1f} MB, {found['bits_per_weight']:.2f} bits per weight ({formats})",
         f"kv cache   {found['kv_bytes_per_token'] / 1024:.1f} KiB per token, {found['limits']['kv_dtype']}",
+        *([f"windows    {windows}"] if windows else []),
         f"workspace  {found['workspace_bytes'] / 2**20:.1f} MiB",
         f"floor      {found['bytes_per_step'] / 1e6:.1f} MB per token: {floor} at {found['read_gbps']:.1f} GB/s read",
         *([f"drafts     {guess}"] if found["bytes_per_guess"] else []),
     ]
+
+
+def _window_words(of: Row) -> str:
+    sinks = f" and the first {of['sinks']}" if of["sinks"] else ""
+    return f"{of['window']} tokens{sinks} in {of['layers']} of {of['of']} layers"
 
 
 # ---- tensors --------------------------------------------------------------------------------------------
@@ -172,8 +185,8 @@ def _active(part: tuple[Op, ...], size: int) -> int:
 
 
 def _seen(phase: Phase, depth: int) -> int:
-    window = next((op.kv.cache.window for op in phase.anchor if isinstance(op, Attend)), 0)
-    return min(depth + 1, window or depth + 1)
+    caches = [op.kv.cache for op in phase.anchor if isinstance(op, Attend)]
+    return seen_tokens(depth, caches[0].window, caches[0].sinks) if caches else depth + 1
 
 
 def _cache_bytes(phase: Phase, depth: int, kv_bytes: int) -> int:

@@ -23,6 +23,7 @@ from ..ir.schedule import (
     unit_bytes,
 )
 from ..ir.table import Asked
+from ..ir.types import seen_tokens
 from .kernel_report import KernelReport
 
 INSTRUCTIONS_PER_WEIGHT = {4: 3.2, 8: 2.5}  # where no kernel was measured: what ours must not exceed, by bits
@@ -152,7 +153,7 @@ def _attend(phase: Phase, task: Task, worker: int, depth: int) -> Work:
     op = phase.anchor[0]
     assert isinstance(op, Attend)
     cache = op.kv.cache
-    seen = min(depth + 1, cache.window or depth + 1)
+    seen = seen_tokens(depth, cache.window, cache.sinks)
     splits = -(-seen // SPLIT_TOKENS)
     tiles = len(range(worker, splits * cache.kv_heads, task.step))
     values = tiles * 2 * cache.head_dim * min(seen, SPLIT_TOKENS)
@@ -185,5 +186,5 @@ def _partials(graph: Graph, name: str, depth: int) -> float:
     if not isinstance(producer, Attend):
         return 1.0
     cache = producer.kv.cache
-    seen = min(depth + 1, cache.window or depth + 1)
+    seen = seen_tokens(depth, cache.window, cache.sinks)
     return -(-seen // SPLIT_TOKENS) * partial_floats(cache.head_dim) / cache.head_dim

@@ -87,11 +87,12 @@ class Limits:
         """Pages of one slot in an unwindowed cache."""
         return -(-self.context // PAGE_TOKENS)
 
-    def ring_pages(self, window: int) -> int:
-        """Pages of one slot in a windowed cache: its window, one step's rows, one page of slack."""
+    def ring_pages(self, window: int, sinks: int = 0) -> int:
+        """Pages of one slot in a windowed cache: its window, one step's rows, one page of slack; the page of its sinks,
+        which is not of the ring."""
         if not window:
             return self.pages
-        return min(self.pages, -(-(window + self.rows) // PAGE_TOKENS) + 1)
+        return min(self.pages, -(-(window + self.rows) // PAGE_TOKENS) + 1 + (sinks > 0))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -155,7 +156,8 @@ def state_fields(
     Rows: `row_*[i]` for i < n_rows; `row_output[i]` is the row's index among the outputs or -1.
     Outputs: `output_row[j]` for j < n_outputs, ascending. Slots: lengths, sampling, stop set, result ring.
     With drafts: the fields of `_draft_fields`.
-    `pages[g, s, p]`: page of positions 64p .. 64p+63 of slot s in cache group g (a ring repeats its pages).
+    `pages[g, s, p]`: page of positions 64p .. 64p+63 of slot s in cache group g (a ring repeats its pages, but not
+    the first where it holds sinks).
     """
     rows, slots, outputs = (limits.rows,), (limits.slots,), (limits.outputs,)
     shapes: list[tuple[str, str, tuple[int, ...]]] = [

@@ -201,9 +201,9 @@ class _Reader:
             return StateType(str(head))
         sizes = tuple(int(d.children[0]) if d.data == "fixed" else str(d.children[0]) for d in dims if d)
         if head == "kv":
-            if len(sizes) != 3 or any(isinstance(s, str) for s in sizes):
-                raise CompileError("expected kv[kv_heads, head_dim, window]", span=self.span(head))
-            return CacheType(*map(int, sizes))
+            if len(sizes) not in (3, 4) or any(isinstance(s, str) for s in sizes):
+                raise CompileError("expected kv[kv_heads, head_dim, window, sinks]", span=self.span(head))
+            return self.located(head, lambda: CacheType(*map(int, sizes)))
         return TensorType(str(head), sizes)
 
     def lookup(self, token: Token, known: dict[str, Value]) -> Value:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .errors import CompileError
+from .errors import CompileError, expect
+from .limits import PAGE_TOKENS
 
 Dim: TypeAlias = int | str
 ROWS = "R"
@@ -36,14 +37,44 @@ class TensorType:
 
 @dataclass(frozen=True)
 class CacheType:
-    """Keys and values of one layer: `kv[kv_heads, head_dim, window]`; window 0 keeps every position."""
+    """Keys and values of one layer: `kv[kv_heads, head_dim, window]`; window 0 keeps every position.
+
+    `kv[.., window, sinks]` keeps the first `sinks` positions besides (StreamingLLM, arXiv 2309.17453), at the
+    positions they have: a row at p sees 0 .. sinks-1 and its window.
+    """
 
     kv_heads: int
     head_dim: int
     window: int
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        most = PAGE_TOKENS if self.window else 0
+        expect(
+            0 <= self.sinks <= most,
+            f"expected 0 to {most} sinks of a cache with window {self.window}, got {self.sinks}",
+            hint="sinks are positions of the first page, kept where a window would leave them",
+        )
 
     def __str__(self) -> str:
-        return f"kv[{self.kv_heads}, {self.head_dim}, {self.window}]"
+        sinks = f", {self.sinks}" if self.sinks else ""
+        return f"kv[{self.kv_heads}, {self.head_dim}, {self.window}{sinks}]"
+
+    def seen(self, position: int) -> tuple[int, int]:
+        """What a row at `position` sees: its sinks before the window, 0 .. s-1, and first .. position: (s, first)."""
+        return seen(position, self.window, self.sinks)
+
+
+def seen(position: int, window: int, sinks: int) -> tuple[int, int]:
+    """`CacheType.seen`. Where the window reaches back to a sink, it counts as the window's."""
+    first = max(0, position - window + 1) if window else 0
+    return min(sinks, first), first
+
+
+def seen_tokens(position: int, window: int, sinks: int) -> int:
+    """Of how many positions a row at `position` reads keys and values."""
+    before, first = seen(position, window, sinks)
+    return before + position + 1 - first
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A page is 64 tokens. A slot gets all pages of its longest possible length when it is admitted, so a running
 request never runs out. A windowed group needs only a ring of pages: when the window has left a page, the slot
-takes it again for later positions.
+takes it again for later positions. The page of a window's sinks stays outside of the ring: the slot's first.
 
 Full pages are kept and shared: `keep` files a slot's pages under their tokens, `find` gives the pages that a prompt
 begins with, `take` starts a slot on them. Reference counts are derived from the page tables of the slots that live,
@@ -46,7 +46,8 @@ def pages_of(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Span:
-    """What a slot holds of one group: pages of positions 64 * first .. 64 * end - 1, `need` of them at most."""
+    """What a slot holds of one group: pages of positions 64 * first .. 64 * end - 1, and the page of its sinks; `need`
+    of them at most."""
 
     first: int
     end: int
@@ -68,7 +69,9 @@ class Cache:
         context: int,
         keep_prefixes: bool = True,
     ) -> None:
-        self._rings = [group.ring_pages for group in groups]
+        self._most = [group.ring_pages for group in groups]
+        self._pinned = [group.pinned for group in groups]
+        self._rings = [most - pinned for most, pinned in zip(self._most, self._pinned, strict=True)]
         # Pages that hold the window before a page's first position; without a window, all of them.
         self._back = [pages_of(group.window - 1) if group.window else context for group in groups]
         self._windowed = [g for g, group in enumerate(groups) if group.window]
@@ -80,17 +83,21 @@ class Cache:
         # Positions one request may fill in an empty cache; a group that holds a full ring holds any length.
         self.capacity = min(
             context if count >= ring else count * PAGE_TOKENS
-            for count, ring in zip(counts, self._rings, strict=True)
+            for count, ring in zip(counts, self._most, strict=True)
         )
         self.capacity = min(self.capacity, context)
 
     def find(self, keys: Sequence[bytes]) -> list[Node]:
         """The longest beginning of these pages of tokens that need not be computed again.
 
-        A windowed group must hold only what its window reaches back to from the first page to compute: what is
-        before, no later row reads. Where it does not, less is reused, even if the other groups have more.
+        A windowed group must hold only what its window reaches back to from the first page to compute, and the page
+        of its sinks: nothing else that is before does a later row read. Where it does not, less is reused, even if
+        the other groups have more.
         """
         path = self.root.path(keys) if self.keeps else []
+        pinned = [pool for pool, count in zip(self.pools, self._pinned, strict=True) if count]
+        if path and any(pool.find(path[0]) == NONE for pool in pinned):
+            return []
         runs, best = [0] * len(self.pools), 0
         for n, node in enumerate(path, 1):
             for g, pool in enumerate(self.pools):
@@ -102,7 +109,7 @@ class Cache:
     def has_room(self, length: int, path: Sequence[Node] = ()) -> bool:
         """Whether a slot of `length` positions that starts on the pages of `path` can be had."""
         for g, pool in enumerate(self.pools):
-            need = min(self._rings[g], pages_of(length))
+            need = min(self._most[g], pages_of(length))
             if g in self._windowed:
                 # A slot swaps pages as it goes, shared ones for its own: each is due its whole ring.
                 due = sum(spans[g].need for spans in self._spans.values())
@@ -117,14 +124,17 @@ class Cache:
         self.release(slot)
         total, spans = pages_of(length), []
         for g, pool in enumerate(self.pools):
-            first = max(0, len(path) - self._back[g])
+            pinned = self._pinned[g]
+            first = max(pinned, len(path) - self._back[g])
             end = min(total, first + self._rings[g])
-            old = np.array([pool.find(node) for node in path[first:]], np.int32)
+            old = np.array([pool.find(node) for node in (*path[:pinned], *path[first:])], np.int32)
             after = int(old[-1]) if len(old) else NONE
-            own = np.concatenate([old, pool.take(end - first - len(old), self._held(g, old), after)])
+            own = np.concatenate([old, pool.take(pinned + end - first - len(old), self._held(g, old), after)])
             # Entries outside repeat the slot's own pages: a stray read stays in its memory.
-            self._tables[g, slot] = own[(np.arange(self._tables.shape[2]) - first) % len(own)]
-            spans.append(Span(first, end, min(self._rings[g], total), total))
+            ring = own[pinned:] if end > first else own
+            self._tables[g, slot] = ring[(np.arange(self._tables.shape[2]) - first) % len(ring)]
+            self._tables[g, slot, :pinned] = own[:pinned]
+            spans.append(Span(first, end, min(self._most[g], total), total))
         self._spans[slot] = spans
 
     def reach(self, slot: int) -> int:
@@ -163,13 +173,16 @@ class Cache:
             node = node.child(key)
             for g, pool in enumerate(self.pools):
                 span, page = self._spans[slot][g], int(self._tables[g, slot, p])
-                if span.first <= p < span.end and pool.find(node) == NONE and not pool.spoiled[page]:
+                held = p < self._pinned[g] or span.first <= p < span.end
+                if held and pool.find(node) == NONE and not pool.spoiled[page]:
                     pool.learn(page, node)
 
     def of(self, slot: int) -> list[Pages]:
         """The pages a slot holds of each group, by position."""
-        spans = self._spans.get(slot, [Span(0, 0, 0, 0)] * len(self.pools))
-        return [self._tables[g, slot, span.first : span.end] for g, span in enumerate(spans)]
+        if slot not in self._spans:
+            return [np.zeros(0, np.int32)] * len(self.pools)
+        rows = zip(self._tables[:, slot], self._pinned, self._spans[slot], strict=True)
+        return [np.concatenate([row[:pinned], row[span.first : span.end]]) for row, pinned, span in rows]
 
     def release(self, slot: int) -> None:
         """What is known stays, the beginning of a prompt longest: it is of use to the most."""

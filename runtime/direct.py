@@ -145,10 +145,12 @@ class DirectRows:
         self._peak[slot] = end if first == 0 else max(self._peak[slot], end)
 
     def _reachable(self, slot: int, position: int) -> bool:
-        """Whether the window before `position` is still cached: a ring forgets what it was written over."""
+        """Whether the window before `position` is still cached: a ring forgets what it was written over, but for the
+        page of its sinks."""
         newest = (self._peak[slot] - 1) // PAGE_TOKENS
         return position == 0 or all(
-            newest - max(0, position - group.window + 1) // PAGE_TOKENS < group.ring_pages
+            newest - max(group.pinned, max(0, position - group.window + 1) // PAGE_TOKENS)
+            < group.ring_pages - group.pinned
             for group in self._groups
             if group.window
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir.errors import LoadError, OnelaunchError
-from ..ir.limits import Field, Limits, state_fields
+from ..ir.limits import PAGE_TOKENS, Field, Limits, state_fields
 from .cuda_target import CudaTarget
 
 SCHEMA = 3
@@ -25,7 +25,7 @@ SHAPE: dict[str, type] = {
 @dataclass(frozen=True)
 class CacheGroup:
     """Layers that share one page pool, `draft_layers` of them a draft model's. `ring_pages`: pages of a slot at full
-    length; window 0: none."""
+    length; window 0: none. `sinks`: first positions that the window does not leave."""
 
     kv_heads: int
     head_dim: int
@@ -34,10 +34,16 @@ class CacheGroup:
     ring_pages: int
     tile_bytes: int
     draft_layers: int = 0
+    sinks: int = 0
 
     def token_bytes(self) -> float:
         """Bytes of K and V of one token, over the layers that a step without guesses reads."""
         return (self.layers - self.draft_layers) * self.kv_heads * self.tile_bytes / 64
+
+    @property
+    def pinned(self) -> int:
+        """First pages of a slot that are not of its ring: the one of its sinks."""
+        return int(self.sinks > 0)
 
     @property
     def page_bytes(self) -> int:
@@ -186,8 +192,10 @@ def _consistency(m: Manifest) -> list[str]:
     if not 1 <= len(m.caches) <= MAX_GROUPS:
         return [*reasons, f"expected 1 to {MAX_GROUPS} caches, got {len(m.caches)}"]
     for g, group in enumerate(m.caches):
-        if group.ring_pages != m.limits.ring_pages(group.window):
-            expected = m.limits.ring_pages(group.window)
+        if not 0 <= group.sinks <= (PAGE_TOKENS if group.window else 0):
+            reasons.append(f"cache {g}: expected 0 to {PAGE_TOKENS} sinks, and 0 without a window, got {group.sinks}")
+        if group.ring_pages != m.limits.ring_pages(group.window, group.sinks):
+            expected = m.limits.ring_pages(group.window, group.sinks)
             reasons.append(f"cache {g}: expected `ring_pages` {expected}, got {group.ring_pages}")
         if min(group.kv_heads, group.layers, group.tile_bytes) < 1 or group.tile_bytes % 64 or group.draft_layers < 0:
             reasons.append(f"cache {g}: expected positive sizes and tiles of a multiple of 64 bytes")

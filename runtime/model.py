@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import UsageError
+from ..ir.types import seen_tokens
 from .backend import Backend, StepFault
 from .cache import Cache
 from .direct import DirectRows
@@ -144,7 +145,7 @@ class Model:
 
     def bytes_per_token(self, depth: int) -> float:
         """Bytes a decode step of one row must read: all active weights, and K and V of what the row sees."""
-        seen = [min(depth + 1, group.window or depth + 1) for group in self.manifest.caches]
+        seen = [seen_tokens(depth, group.window, group.sinks) for group in self.manifest.caches]
         kv = sum(group.token_bytes() * n for group, n in zip(self.manifest.caches, seen, strict=True))
         return float(self.manifest.traffic["weights_per_step"]) + kv
 

@@ -5,7 +5,8 @@ confirmed by comparing them, so a path from the root is a chain of content hashe
 that only hashes alike. A node names the page of each cache group that holds its keys and values, if one does.
 
 Positions 0 .. 64n-1 need not be computed when the first n nodes have every page that later rows read: all n of
-a group without a window, of a windowed one those its window still reaches back to from position 64n.
+a group without a window, of a windowed one those its window still reaches back to from position 64n, and the first
+where the group keeps sinks.
 """
 
 from __future__ import annotations

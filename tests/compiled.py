@@ -33,13 +33,16 @@ class ArtifactCache:
         workers: tuple[int, ...] = (2,),
         limits: dict[str, Any] | None = None,
         draft: Path | None = None,
+        window: int = 0,
+        sinks: int = 0,
     ) -> Path:
         limits = limits or {}
-        key = (checkpoint, target, quant, workers, draft, *sorted(limits.items()))
+        key = (checkpoint, target, quant, workers, draft, window, sinks, *sorted(limits.items()))
         if key not in self._made:
             output = self._folder / f"artifact{len(self._made)}"
             made = Limits(**limits)
-            driver.compile_model(driver.Request(checkpoint, output, target, made, workers, quant, draft=draft))
+            more = {"draft": draft, "window": window, "sinks": sinks}
+            driver.compile_model(driver.Request(checkpoint, output, target, made, workers, quant, **more))
             self._made[key] = output
         return self._made[key]
 

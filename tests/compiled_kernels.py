@@ -21,6 +21,7 @@ from onelaunch.ir.schedule import BUCKETS
 from onelaunch.models.drafter import with_drafter
 from onelaunch.models.importer import import_checkpoint
 from onelaunch.models.open import open_checkpoint
+from onelaunch.models.window import with_window
 from onelaunch.passes import GRAPH_PASSES, SCHEDULE_PASSES, Options, schedule
 from onelaunch.tests import small
 from onelaunch.tests.checkpoints import save_random
@@ -146,14 +147,19 @@ def limits(family: str, drafts: int = 0, drafter: str = "ngram") -> Limits:
 
 
 class CompiledStep:
-    """One model's kernels for one architecture, with all they are made from; `draft`: the family that drafts in it."""
+    """One model's kernels for one architecture, with all they are made from; `draft`: the family that drafts in it.
 
-    def __init__(self, family: str, arch: int, drafts: int = 0, draft: str = "") -> None:
+    `bounds`: a window and sinks, as `with_window` takes them.
+    """
+
+    def __init__(
+        self, family: str, arch: int, drafts: int = 0, draft: str = "", bounds: tuple[int, int] = (0, 0)
+    ) -> None:
         imported = import_checkpoint(open_checkpoint(checkpoint(family)))
         if draft:
             imported = with_drafter(imported, import_checkpoint(open_checkpoint(checkpoint(draft))), drafts)
         self.limits, self.arch = limits(family, drafts, "model" if draft else "ngram"), arch
-        program = imported.program
+        program = with_window(imported.program, *bounds)
         for _, change in GRAPH_PASSES:
             program = program.map(lambda g, c=change: c(g, Options(FAMILIES[family][1]))).verify()
         self.program, self.imported = program, imported

@@ -6,7 +6,7 @@ The emulator lies beside the repository (`../shared/ptxemu`); where it does not,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache
 from itertools import product
@@ -57,9 +57,10 @@ def emulator():
     return ptxemu
 
 
-def cpu_text(compiled: ArtifactCache, family: str, count: int) -> list[int]:
+def cpu_text(compiled: ArtifactCache, family: str, count: int, window: int = 0, sinks: int = 0) -> list[int]:
     """What the CPU target says after PROMPT."""
-    artifact = compiled(checkpoint(family), quant=FAMILIES[family][1], limits=limits(family).as_dict())
+    bounds = {"window": window, "sinks": sinks}
+    artifact = compiled(checkpoint(family), quant=FAMILIES[family][1], limits=limits(family).as_dict(), **bounds)
     with load(artifact) as cpu:
         return list(cpu.generate(PROMPT, max_new_tokens=count, stop_tokens=[]).tokens)
 
@@ -67,10 +68,10 @@ def cpu_text(compiled: ArtifactCache, family: str, count: int) -> list[int]:
 class EmulatedStep:
     """One model's step for one architecture, with its state on the host."""
 
-    def __init__(self, step: CompiledStep) -> None:
+    def __init__(self, step: CompiledStep, buckets: Sequence[str] = BUCKETS) -> None:
         self.compiled, self.source, self.plan = step, step.source, step.plan
         self.schedules, self.packed, self.weights, self.limits = step.schedules, step.packed, step.weights, step.limits
-        self.kernels = {b: step.kernel(b) for b in BUCKETS}
+        self.kernels = {b: step.kernel(b) for b in buckets}
         chunks = self.source.chunk_blocks.get
         self.tables = {b: lower(s, self.source.bodies[b], self.plan, None, chunks) for b, s in self.schedules.items()}
         self.stream = streams(self.schedules[STREAMED], self.plan, chunks)

@@ -30,7 +30,8 @@ class Watched(ToyBackend):
                 assert self.cache._held(g)[page] == 1
                 assert not pool.used[page]
                 lowest = max(0, int(s.row_position[r]) - (self._groups[g].window or 10**9) + 1)
-                assert lowest // PAGE_TOKENS >= self.cache._spans[slot][g].first
+                assert lowest // PAGE_TOKENS >= self.cache._spans[slot][g].first or lowest < self._groups[g].pinned * 64
+                assert not self._groups[g].pinned or int(s.pages[g, slot, 0]) in self.cache.of(slot)[g]
         super().step()
 
 

@@ -38,6 +38,7 @@ class Query(ctypes.Structure):
         ("partial", ctypes.c_void_p),
         ("lo", ctypes.c_int),
         ("hi", ctypes.c_int),
+        ("sinks", ctypes.c_int),
     )
 
 
@@ -51,10 +52,12 @@ def aligned(size: int, dtype: type = np.uint8) -> np.ndarray:
 class Cache:
     """One kv head's cache on one level: tokens 0..CONTEXT-1, unused slots full of huge finite numbers.
 
-    `ring` pages are used in turn, in shuffled order; None: a page for each 64 tokens.
+    `ring` pages are used in turn, in shuffled order, the first `pinned` only once; None: a page for each 64 tokens.
     """
 
-    def __init__(self, level: int, kind: str, dim: int, ring: int | None = None, context: int = CONTEXT) -> None:
+    def __init__(
+        self, level: int, kind: str, dim: int, ring: int | None = None, context: int = CONTEXT, pinned: int = 0
+    ) -> None:
         rng = np.random.default_rng(dim)
         self.lib, self.f32, self.dim = build("attend_harness.cpp", level), int(kind == "f32"), dim
         self.lib.harness_tile_bytes.restype = ctypes.c_size_t
@@ -62,7 +65,8 @@ class Cache:
         self.tile = self.lib.harness_tile_bytes(self.f32, dim)
         pages = -(-context // 64)
         order = rng.permutation(ring or pages).astype(np.int32)
-        self.table = order[np.arange(pages) % len(order)].copy()
+        at = np.arange(pages)
+        self.table = order[np.where(at < pinned, at, pinned + (at - pinned) % (len(order) - pinned))].copy()
         stride = PAGE_RUN * self.tile + 64  # not dense: the stride is the caller's
         self.memory = aligned(stride * -(-len(order) // PAGE_RUN))
         self.memory[:] = 0x7F
@@ -78,14 +82,16 @@ class Cache:
     def scaled(self, x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x * np.float32(self.dim**-0.5 * LOG2E), np.float32)
 
-    def partials(self, x: np.ndarray, ranges: list[tuple[int, int]], splits: tuple[int, int]) -> np.ndarray:
+    def partials(
+        self, x: np.ndarray, ranges: list[tuple[int, int]], splits: tuple[int, int], sinks: int = 0
+    ) -> np.ndarray:
         """Partials [n, floats] of queries x [n, dim] (unscaled) in one call, over splits begin..end-1."""
         scaled = self.scaled(x)
         out = aligned(len(x) * self.lib.harness_partial_floats(self.dim), np.float32).reshape(len(x), -1)
         queries = (Query * len(x))()
         for i, (lo, hi) in enumerate(ranges):
             self.lib.harness_begin(ctypes.c_void_p(out[i].ctypes.data), self.dim)
-            queries[i] = Query(scaled[i].ctypes.data, out[i].ctypes.data, lo, hi)
+            queries[i] = Query(scaled[i].ctypes.data, out[i].ctypes.data, lo, hi, min(sinks, lo))
         self.lib.harness_attend(self.f32, ctypes.byref(self.head), queries, len(x), *splits)
         return out
 
@@ -95,13 +101,16 @@ class Cache:
             self.lib.harness_finish(ctypes.c_void_p(out[i].ctypes.data), ctypes.c_void_p(partial.ctypes.data), self.dim)
         return out
 
-    def attend(self, x: np.ndarray, ranges: list[tuple[int, int]]) -> np.ndarray:
+    def attend(self, x: np.ndarray, ranges: list[tuple[int, int]], sinks: int = 0) -> np.ndarray:
         last = max(hi for _, hi in ranges)
-        return self.finish(self.partials(x, ranges, (0, -(-last // 256))))
+        return self.finish(self.partials(x, ranges, (0, -(-last // 256)), sinks))
 
-    def exact(self, x: np.ndarray, lo: int, hi: int, cap: float = 0.0, sink: float = -np.inf) -> np.ndarray:
+    def exact(
+        self, x: np.ndarray, lo: int, hi: int, cap: float = 0.0, sink: float = -np.inf, sinks: int = 0
+    ) -> np.ndarray:
         """The same in float64, from the query and the cache as they are rounded."""
-        k, v, x = self.k[lo:hi], self.v[lo:hi], self.scaled(x)
+        at = np.r_[0 : min(sinks, lo), lo:hi]
+        k, v, x = self.k[at], self.v[at], self.scaled(x)
         if not self.f32:
             k, v, x = (a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (k, v, x))
         score = k.astype(np.float64) @ x.astype(np.float64) / LOG2E
@@ -216,6 +225,34 @@ def test_ring_of_pages_serves_a_window(level, kind):
     got = c.attend(x, ranges)
     for i, (lo, hi) in enumerate(ranges):
         assert np.abs(got[i] - c.exact(x[i], lo, hi)).max() < tolerance(kind)
+
+
+@each_level
+@each_kind
+@pytest.mark.parametrize("sinks", [1, 16, 64])
+def test_the_first_tokens_stay_seen_when_a_window_has_left_them(level, kind, sinks):
+    """In one pass or apart, whatever splits they begin in, where the window has just left them and in a ring."""
+    c = Cache(level, kind, 96, ring=5, pinned=1)
+    window, c.head.soft_cap = 130, 4.0
+    ranges = rows_of(2, 4, CONTEXT - 1, window)
+    x = random_queries(np.random.default_rng(sinks), len(ranges), 96)
+    together = c.attend(x, ranges, sinks)
+    for i, (lo, hi) in enumerate(ranges):
+        assert np.abs(together[i] - c.exact(x[i], lo, hi, 4.0, sinks=sinks)).max() < tolerance(kind)
+        assert c.attend(x[i : i + 1], [(lo, hi)], sinks).tobytes() == together[i].tobytes()
+    c = cache(level, kind, 64)
+    ranges = [(0, 30), (1, 31), (5, 200), (63, 100), (64, 70), (255, 300), (256, 300), (257, 600)]
+    x = random_queries(np.random.default_rng(sinks), len(ranges), 64)
+    together = c.attend(x, ranges, sinks)
+    for i, (lo, hi) in enumerate(ranges):
+        assert np.abs(together[i] - c.exact(x[i], lo, hi, sinks=sinks)).max() < tolerance(kind), (lo, hi)
+        assert c.attend(x[i : i + 1], [(lo, hi)], sinks).tobytes() == together[i].tobytes()
+    folded = c.partials(x, ranges, (0, 0), sinks)
+    for split in range(3):
+        part = c.partials(x, ranges, (split, split + 1), sinks)
+        for into, one in zip(folded, part, strict=True):
+            c.lib.harness_fold(*(ctypes.c_void_p(a.ctypes.data) for a in (into, one)), 64)
+    assert c.finish(folded).tobytes() == together.tobytes()
 
 
 @each_level

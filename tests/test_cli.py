@@ -80,6 +80,9 @@ def test_every_command_has_help_without_periods(run: Main, name: str) -> None:
         (["compile", "MODEL", "--stop-after", "fuze"], 2, "did you mean `fuse`?"),
         (["compile", "MODEL", "--target", "cpu-avx3"], 2, "--target: expected auto"),
         (["compile", "MODEL", "--context", "1K"], 3, "expected at most 512, the model's own, got 1024"),
+        (["compile", "MODEL", "--sinks", "4"], 2, "--sinks: expected a layer with a window, got `llama`"),
+        (["compile", "MODEL", "--window", "8", "--sinks", "65"], 2, "--sinks: expected 0 to 64 tokens"),
+        (["compile", "MODEL", "--window", "0"], 2, "expected at least 1, got `0`"),
         (["compile", "MODEL", "--start-from", "nowhere.ir"], 2, "expected a file written by --dump"),
         (["compile", "MODEL", "-o", "FOLDER"], 2, "expected a new path or an artifact to replace"),
         (["run", "x.ola", "-p", "hi", "--temperature", "hot"], 2, "invalid value for '--temperature'"),
@@ -187,6 +190,8 @@ def test_an_edited_dump_is_compiled_and_verify_notices(run: Main, tmp_path: Path
     fused = tmp_path / "03-fuse.ir"
     fused.write_text(fused.read_text().replace("= silu(gate)", "= gelu_tanh(gate)"))
     edited = tmp_path / "edited"
+    code, _, err = run("compile", small.model(), "--start-from", fused, "--window", "8")
+    assert (code, "--window: expected what the dump has, got 8" in err) == (2, True)
     code, _, err = run("compile", small.model(), "--start-from", fused, "-o", edited, "--threads", "1")
     assert code == 0, err
     code, out, _ = run("verify", edited, small.model(), "--tokens", "4", "--json")

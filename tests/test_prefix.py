@@ -88,6 +88,20 @@ def test_a_page_is_known_by_all_tokens_before_it() -> None:
     assert (same.reused, other.reused) == (320, 0)
 
 
+def test_a_window_resumes_only_where_its_sinks_are_held() -> None:
+    f = Fixture(kinds=groups(sinks=6)[1:])
+    prompt = tokens(330)
+    for last, reused in ((1, 0), (2, 320)):
+        request = Request([*prompt, last], 1)
+        f.run(request)
+        assert request.reused == reused
+    f.run(Request([*prompt[:70], NAN], 5))  # all it held is given up, and that is the first page
+    again = Request([*prompt, 3], 1)
+    f.run(again)
+    assert again.reused == 0
+    f.check()
+
+
 def test_a_hash_alone_is_not_believed() -> None:
     class Same(bytes):
         def __hash__(self) -> int:

@@ -11,6 +11,7 @@ from onelaunch.ir.sampling import Sampling
 from onelaunch.runtime.rows import Request
 from onelaunch.tests.prefixes import Fixture
 from onelaunch.tests.test_rows import alone
+from onelaunch.tests.toy import groups
 
 
 def random_requests(rng: random.Random, longest: int, count: int) -> list[Request]:
@@ -29,24 +30,24 @@ def random_requests(rng: random.Random, longest: int, count: int) -> list[Reques
     return made
 
 
-def random_fixture(rng: random.Random) -> tuple[Fixture, int]:
+def random_fixture(rng: random.Random, sinks: int = 0) -> tuple[Fixture, int]:
     limits = Limits(
         rows=rng.choice([1, 5, 16, 70]), slots=rng.choice([1, 2, 4]), context=512, outputs=4, few_rows=4
     )
     kv_tokens = rng.choice([None, 256, 320, 450])
-    return Fixture(limits, kv_tokens), min(512, kv_tokens or 512)
+    return Fixture(limits, kv_tokens, groups(limits, sinks)), min(512, kv_tokens or 512)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_prompts_in_a_small_cache_say_what_each_says_alone(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "sinks"), [*((seed, 0) for seed in range(40)), *((seed, 9) for seed in range(12))])
+def test_random_prompts_in_a_small_cache_say_what_each_says_alone(seed: int, sinks: int) -> None:
     rng = random.Random(seed)
-    f, longest = random_fixture(rng)
+    f, longest = random_fixture(rng, sinks)
     requests = random_requests(rng, longest, 14)
     cancelled = f.serve(rng, requests)
     for request in requests:
-        assert request.tokens == alone(request)[: len(request.tokens)]
+        assert request.tokens == alone(request, sinks)[: len(request.tokens)]
         assert (request.finish in ("stop", "length")) != (request in cancelled)
-        assert request in cancelled or len(request.tokens) == len(alone(request))
+        assert request in cancelled or len(request.tokens) == len(alone(request, sinks))
     f.check_no_leak()
 
 

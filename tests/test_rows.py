@@ -42,12 +42,12 @@ def random_request(rng: random.Random, longest: int) -> Request:
     return Request([rng.randrange(256) for _ in range(length)], new, sampling, stop)
 
 
-def alone(request: Request) -> list[int]:
+def alone(request: Request, sinks: int = 0) -> list[int]:
     s = request.sampling
     seed = s.seed if s.temperature else None
     return answer(
         request.prompt, request.max_new_tokens, request.stop_tokens, seed=seed, stream=s.stream,
-        penalty=s.repetition_penalty,
+        penalty=s.repetition_penalty, sinks=sinks,
     )  # fmt: skip
 
 

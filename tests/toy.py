@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from onelaunch.ir.limits import STOP_TOKENS, Limits, state_bytes, state_fields
 from onelaunch.ir.table import FIELDS
+from onelaunch.ir.types import seen
 from onelaunch.runtime.backend import StepFault
 from onelaunch.runtime.manifest import SCHEMA, CacheGroup
 from onelaunch.runtime.state import State
@@ -34,11 +35,11 @@ LIMITS = Limits(rows=16, slots=3, context=512, outputs=4, few_rows=4)
 SOURCE = Path(__file__).with_name("toy_step.cpp")
 
 
-def groups(limits: Limits = LIMITS) -> tuple[CacheGroup, ...]:
-    """One group that keeps everything and one with a window of 70 tokens."""
+def groups(limits: Limits = LIMITS, sinks: int = 0) -> tuple[CacheGroup, ...]:
+    """One group that keeps everything and one with a window of 70 tokens, and its sinks."""
     return (
         CacheGroup(2, 16, 0, 2, limits.ring_pages(0), 256),
-        CacheGroup(1, 16, 70, 3, limits.ring_pages(70), 320),
+        CacheGroup(1, 16, 70, 3, limits.ring_pages(70, sinks), 320, sinks=sinks),
     )
 
 
@@ -82,9 +83,10 @@ class ToyBackend:
             return -1
         total = 0
         for g, group in enumerate(self._groups):
-            seen = np.arange(max(0, p - group.window + 1) if group.window else 0, p + 1)
-            stored = self.kv[g][-1, s.pages[g, slot, seen // 64], seen % 64].astype(np.int64)
-            total += int(((stored + 1) * (seen % 7 + 1)).sum())
+            sinks, first = seen(p, group.window, group.sinks)
+            at = np.r_[0:sinks, first : p + 1]
+            stored = self.kv[g][-1, s.pages[g, slot, at // 64], at % 64].astype(np.int64)
+            total += int(((stored + 1) * (at % 7 + 1)).sum())
         x = total * 7 + p
         if s.slot_temperature[slot] > 0:
             x += int(s.slot_seed[slot]) % 1000 * 13 + int(s.slot_stream[slot]) * 29
@@ -145,17 +147,18 @@ def answer(
     seed: int | None = None,
     stream: int = 0,
     penalty: float = 1.0,
+    sinks: int = 0,
 ) -> list[int]:
     """What the toy model says, computed from the definition, without pages, slots or steps."""
-    tokens, seen = list(prompt), set(prompt)
+    tokens, said = list(prompt), set(prompt)
     while len(tokens) < len(prompt) + count:
         p = len(tokens) - 1
-        starts = [max(0, p - g.window + 1) if g.window else 0 for g in groups()]
-        x = 7 * sum((tokens[q] + 1) * (q % 7 + 1) for start in starts for q in range(start, p + 1)) + p
+        parts = [seen(p, g.window, g.sinks) for g in groups(sinks=sinks)]
+        x = 7 * sum((tokens[q] + 1) * (q % 7 + 1) for s, at in parts for q in (*range(s), *range(at, p + 1))) + p
         x += 0 if seed is None else seed % 1000 * 13 + stream * 29
-        x += 3 * len(seen) if penalty != 1 else 0
+        x += 3 * len(said) if penalty != 1 else 0
         tokens.append(x % (VOCAB - 2))
-        seen.add(tokens[-1])
+        said.add(tokens[-1])
         if tokens[-1] in stop:
             break
     return tokens[len(prompt) :]

@@ -232,5 +232,6 @@ def _attend(phase: Phase, common: dict[str, Any]) -> str:
             q_stride=padded(op.q.tensor.width),
             scale=f"({emit.real(op.scale)} * LOG2E)",
             softcap=emit.real(op.softcap),
+            sinks=cache.sinks,
         )
     )

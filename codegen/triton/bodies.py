@@ -206,6 +206,7 @@ class BodyRenderer:
                 q_stride=padded(op.q.tensor.width),
                 scale=repr(op.scale * LOG2E),
                 softcap=repr(op.softcap),
+                sinks=cache.sinks,
                 log2e=repr(LOG2E),
                 empty=repr(EMPTY),
                 slots=self.limits.slots,

@@ -9,7 +9,7 @@ import typer
 
 from ...ir.errors import CompileError, UsageError, nearest
 from ...ir.limits import Limits, decode_rows, most_drafts
-from .words import MODEL_HELP, Json, PassLines, note, positive, print_json, speculation, thread_list
+from .words import MODEL_HELP, Json, PassLines, human_int, note, positive, print_json, speculation, thread_list
 
 if TYPE_CHECKING:
     from ..driver import Request
@@ -57,6 +57,13 @@ def command(
     context: Annotated[
         int | None, _number("Tokens of a sequence, like 8192 or 8K", "4K or the model's own")
     ] = None,
+    window: Annotated[
+        int | None, _number("Last tokens that layers without a window of their own see", "everything")
+    ] = None,
+    sinks: Annotated[
+        int, typer.Option(parser=human_int, metavar="N", rich_help_panel=LIMITS,
+                          help="First tokens that windows never leave, at most 64: StreamingLLM with --window")
+    ] = 0,
     outputs: Annotated[
         int | None, _number("Rows with logits per step", "8, or as many as slots and drafts need")
     ] = None,
@@ -113,6 +120,8 @@ def command(
         pack=weights,
         draft=draft_model(speculate),
         target_files=tuple(target_file or ()),
+        window=window or 0,
+        sinks=sinks,
     )
     _compile(request, texts, json)
 

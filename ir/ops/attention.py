@@ -43,11 +43,11 @@ class Append(Op):
 
 @op
 class Attend(Op):
-    """Softmax attention of each row over its slot's positions <= its own, inside the cache's window.
+    """Softmax attention of each row over its slot's positions <= its own, inside the cache's window or its sinks.
 
     `scale` multiplies the scores; `softcap` > 0 caps them before the softmax. Query head h reads
     kv head h // (heads / kv_heads). `sinks`: a score per head that has no value, and so only takes
-    part of the probability (gpt-oss).
+    part of the probability (gpt-oss); the sinks of a cache are positions (`CacheType`).
 
     example:
         graph f(q: f32[R, 16], kv: kv[2, 4, 0], rows: rows, w.sinks: f32[4]) -> (a) {
@@ -89,17 +89,16 @@ class Attend(Op):
     def _slot_rows(self, q: Any, kv: Any, slot: int, position: Any, sinks: Any) -> Any:
         """The rows of one slot, [n, heads * head_dim], at once."""
         cache, n = self.kv.cache, len(q)
-        first = max(0, int(position.min()) - cache.window + 1) if cache.window else 0
-        seen = torch.arange(first, int(position.max()) + 1)
-        hidden = seen > position[:, None]
-        if cache.window:
-            hidden |= seen <= position[:, None] - cache.window
-        k, v = (t[slot, first : first + len(seen)].transpose(0, 1)[:, None] for t in (kv.keys, kv.values))
+        before, first = torch.tensor([cache.seen(p) for p in position.tolist()]).T[..., None]
+        seen = torch.arange(int(position.max()) + 1)
+        visible = (seen < before) | ((seen >= first) & (seen <= position[:, None]))
+        seen, visible = seen[visible.any(0)], visible[:, visible.any(0)]
+        k, v = (t[slot, seen].transpose(0, 1)[:, None] for t in (kv.keys, kv.values))
         query = q.view(n, cache.kv_heads, -1, cache.head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, n, head_dim]
         scores = query @ k.transpose(2, 3) * self.scale
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(hidden, -torch.inf)
+        scores = scores.masked_fill(~visible, -torch.inf)
         if sinks is not None:
             scores = torch.cat([scores, sinks.view(cache.kv_heads, -1, 1, 1).expand(-1, -1, n, 1)], -1)
         return (scores.softmax(-1)[..., : len(seen)] @ v).permute(2, 0, 1, 3).reshape(n, -1)

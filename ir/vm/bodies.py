@@ -19,7 +19,7 @@ from ..phases import Phase
 from ..reference import RowBatch
 from ..sampling import Sampling, sample
 from ..schedule import LIVE, padded, panel_kind, panel_row_bytes, panel_rows
-from ..types import OUTPUTS, TensorType, Value
+from ..types import OUTPUTS, TensorType, Value, seen
 from .commit import run_commit
 from .experts import run_experts
 from .guess import run_guess
@@ -196,9 +196,9 @@ class Call:
         return self.space.rows(offset, n, width, width).view(n, heads, splits, partial_floats(d))
 
     def _span(self, row: int, window: int) -> tuple[int, int]:
-        """Positions a row sees."""
+        """Positions a row sees, but for sinks before them."""
         position = int(self.state.row_position[row])
-        return (max(0, position - window + 1) if window else 0), position + 1
+        return seen(position, window, 0)[1], position + 1
 
     def _attend(self) -> None:
         op = self.phase.anchor[0]
@@ -209,16 +209,18 @@ class Call:
         for tile in self.tiles(n * kv_heads * splits):
             row, head, split = tile // splits // kv_heads, tile // splits % kv_heads, tile % splits
             lo, hi = self._span(row, self.args["window"])
+            sinks = min(op.kv.cache.sinks, lo) if split == 0 else 0
             if splits > 1:
                 base = (lo // SPLIT_TOKENS + split) * SPLIT_TOKENS
                 lo, hi = max(lo, base), min(hi, base + SPLIT_TOKENS)
             if lo < hi:
-                self._partial(op, queries[row], partials[row, :, split], head, row, lo, hi)
+                at = np.r_[0:sinks, lo:hi]
+                self._partial(op, queries[row], partials[row, :, split], head, row, at)
 
-    def _partial(self, op: Attend, query: Tensor, out: Tensor, head: int, row: int, lo: int, hi: int) -> None:
+    def _partial(self, op: Attend, query: Tensor, out: Tensor, head: int, row: int, at: np.ndarray) -> None:
         d, group = op.kv.cache.head_dim, self.args["group"]
         pages = self.state.pages[group, int(self.state.row_slot[row])]
-        k, v = self.caches[group].read(self.layer, head, pages, lo, hi)
+        k, v = self.caches[group].read(self.layer, head, pages, at)
         mine = slice(head * op.group, (head + 1) * op.group)
         scores = query.view(-1, d)[mine] @ k.T * op.scale
         if op.softcap:

@@ -84,14 +84,16 @@ class Cache:
 
     def __init__(self, group: CacheGroup, limits: Limits, empty: float) -> None:
         kind = group.type
-        self.ring = limits.ring_pages(kind.window)
+        self.pages, self.pinned = limits.ring_pages(kind.window, kind.sinks), int(kind.sinks > 0)
         self.bf16 = limits.kv_dtype == "bf16"
-        shape = (len(group.layers), limits.slots * self.ring, PAGE_TOKENS, kind.kv_heads, kind.head_dim)
+        shape = (len(group.layers), limits.slots * self.pages, PAGE_TOKENS, kind.kv_heads, kind.head_dim)
         self.keys, self.values = torch.full(shape, empty), torch.full(shape, empty)
 
     def page_table(self, slots: int, pages: int) -> np.ndarray:
-        """[slots, pages]: each slot its own ring of pages."""
-        return np.arange(slots, dtype=np.int32)[:, None] * self.ring + np.arange(pages, dtype=np.int32) % self.ring
+        """[slots, pages]: each slot its own ring of pages, behind the page of its sinks."""
+        ring, at = max(1, self.pages - self.pinned), np.arange(pages, dtype=np.int32)
+        own = np.where(at < self.pinned, at, self.pinned + (at - self.pinned) % ring)
+        return np.arange(slots, dtype=np.int32)[:, None] * self.pages + own
 
     def put(
         self, half: str, layer: int, pages: Sequence[int], positions: Sequence[int], first: int, new: Tensor
@@ -103,8 +105,7 @@ class Cache:
         for page, position, heads in zip(pages, positions, new, strict=True):
             pool[page, position % PAGE_TOKENS, first : first + len(heads)] = heads
 
-    def read(self, layer: int, head: int, pages: np.ndarray, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one head at positions lo..hi-1, each [hi - lo, head_dim]; `pages` by position / 64."""
-        at = np.arange(lo, hi)
+    def read(self, layer: int, head: int, pages: np.ndarray, at: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Keys and values of one head at positions `at`, each [positions, head_dim]; `pages` by position / 64."""
         page, token = torch.from_numpy(pages[at // PAGE_TOKENS].astype(np.int64)), torch.from_numpy(at % PAGE_TOKENS)
         return self.keys[layer, page, token, head], self.values[layer, page, token, head]

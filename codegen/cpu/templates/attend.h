@@ -90,6 +90,9 @@ inline Seen seen_by(const Query& q, int first_token) {
   return {lo > 0 ? lo : 0, hi < PAGE_TOKENS ? hi : PAGE_TOKENS};
 }
 
+// A query's sinks are the first that it sees, in the split it begins in: so it has no more splits than without.
+inline Seen sinks_of(const Query& q, int split) { return {0, q.lo / SPLIT_TOKENS == split ? q.sinks : 0}; }
+
 // The lanes of x that are seen; `other` in the rest.
 OL_INLINE F select(Seen seen, int block, F x, float other) {
   static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -187,11 +190,12 @@ struct Pass {
     });
   }
 
-  // One tile; `next` is read after it.
-  void attend(const uint8_t* k, const uint8_t* next, int first_token) {
+  // One tile, of which a query sees what `see` says; `next` is read after it.
+  template <class See>
+  void attend(const uint8_t* k, const uint8_t* next, See see) {
     int lo = PAGE_TOKENS, hi = 0;
     for (int q = 0; q < NQ; ++q) {
-      seen[q] = seen_by(queries[q], first_token);
+      seen[q] = see(queries[q]);
       if (!seen[q].any()) continue;
       lo = seen[q].lo < lo ? seen[q].lo : lo;
       hi = seen[q].hi > hi ? seen[q].hi : hi;
@@ -231,10 +235,15 @@ __attribute__((noinline)) void attend_split(const KvHead& kv, const Query* queri
   const int page_end = (hi + PAGE_TOKENS - 1) / PAGE_TOKENS;
   const int from = lo / PAGE_TOKENS > pages * split ? lo / PAGE_TOKENS : pages * split;
   const int to = page_end < pages * (split + 1) ? page_end : pages * (split + 1);
+  bool sinks = false;
+  for (int q = 0; q < NQ; ++q) sinks = sinks || sinks_of(queries[q], split).any();
   Pass<KV, NQ> pass(kv, queries);
-  for (int page = from; page < to; ++page) {
-    const uint8_t *here = pass.tile(page), *last = after ? after : here;
-    pass.attend(here, page + 1 < to ? pass.tile(page + 1) : last, PAGE_TOKENS * page);
+  for (int page = from - sinks; page < to; ++page) {
+    const bool first = page < from;  // the page of the sinks
+    const uint8_t *here = pass.tile(first ? 0 : page), *last = after ? after : here;
+    pass.attend(here, page + 1 < to ? pass.tile(page + 1) : last, [&](const Query& q) {
+      return first ? sinks_of(q, split) : seen_by(q, PAGE_TOKENS * page);
+    });
   }
   alignas(64) float partial[PARTIAL_O + HEAD_DIM_MAX];
   for (int q = 0; q < NQ; ++q) {

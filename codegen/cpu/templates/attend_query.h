@@ -10,6 +10,7 @@ struct Query {
   const float* x;  // [head_dim], times softmax_scale * log2(e)
   float* partial;  // [partial_floats(head_dim)]
   int lo, hi;      // visible tokens lo..hi-1
+  int sinks = 0;   // and 0..sinks-1 of the first page, before them: sinks <= lo
 };
 
 // Queries of any number, all of one slot and kv head, over splits split_begin..split_end-1, folded into
