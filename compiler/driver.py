@@ -20,7 +20,8 @@ from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
 from ..models.window import with_window
 from ..passes import GRAPH_PASSES, PIPELINE, Options
-from ..passes.policy import expect_matches, parse_policy, schemes, split_kinds
+from ..passes.policy import Policy, expect_matches, parse_policy, schemes, split_kinds
+from ..passes.quantize import CALIBRATED, quantize
 from .emit import Emission
 from .gpu import refuse_formats
 from .lowering import (
@@ -49,6 +50,7 @@ class Request:
     workers: the thread counts of a processor to make task tables for; a GPU has one worker per SM.
     fit_context: shorten `limits.context` to what the model was trained for instead of refusing more.
     quant: what `--quant` takes: a scheme, or a policy file's name.
+    calibrate: a text file for schemes that need one.
     pack: False leaves the weights out; the artifact can be inspected, not loaded.
     draft: a checkpoint whose model guesses `limits.drafts` tokens a step, where `limits.drafter` is `model`.
     target_files: TOML files, or folders of them, with machines of the user's own.
@@ -63,6 +65,7 @@ class Request:
     limits: Limits = field(default_factory=Limits)
     workers: Sequence[int] = ()
     quant: str = ""
+    calibrate: Path | None = None
     ignore_config: frozenset[str] = frozenset()
     start_from: Path | None = None
     fit_context: bool = False
@@ -103,7 +106,8 @@ def thread_counts(request: Request, targets: Targets) -> tuple[int, ...]:
 def compile_model(request: Request, dump: Dump | None = None, progress: Progress = silent) -> Path | None:
     """Compile; returns the artifact's path, or None when `dump.stop_after` ended it early."""
     start = time.perf_counter()
-    request_targets(request)  # a wrong name is told before the checkpoint is read
+    request_targets(request)  # what is wrong is told before the checkpoint is read
+    quant_policy(request.quant, request.calibrate)
     return compile_imported(import_model(request.model, request), request, dump, progress, start)
 
 
@@ -124,6 +128,8 @@ def compile_imported(
     targets = request_targets(request)
     draft = None if request.draft is None else import_model(request.draft, request)
     limits = _fit_context(request, checkpoint, draft)
+    if request.calibrate is not None and request.pack:
+        imported = calibrate(imported, request.quant, request.calibrate, progress)
     if draft is not None:
         imported = with_drafter(imported, draft, limits.drafts)
     imported = replace(imported, program=with_window(imported.program, request.window, request.sinks))
@@ -174,7 +180,8 @@ def _lower(
         program = found.program if isinstance(found, Schedule) else found
         check_edited(program, imported.program)
     if edited is None:
-        program, options = quantization(program, request.quant, after)
+        done = PIPELINE.index(after) >= PIPELINE.index("quantize")
+        program, options = (program, Options()) if done else quantization(program, request.quant)
         options = replace(options, tuning=chosen.tuning)
         program = run_graph_passes(program, options, dump, progress, after)
         if dump.stop_after in GRAPH_NAMES:
@@ -210,13 +217,39 @@ def _lower_edited(
     return finish_schedules(edited.program, made, (edited.workers, edited.bucket), dump, progress, after)
 
 
-def quantization(program: Program, quant: str, after: str) -> tuple[Program, Options]:
+def quant_policy(quant: str, calibrate: Path | None = None) -> Policy:
+    """What `--quant` asks for. UsageError where it needs a calibration text and has none, or the other way round."""
+    policy = parse_policy(read_toml(Path(quant), "a policy file"), quant) if quant.endswith(POLICY) else Policy(quant)
+    needs = [s for s in (policy.default, *policy.patterns.values()) if s.startswith(CALIBRATED)]
+    if needs and calibrate is None:
+        raise UsageError(f"--quant {needs[0]}: expected --calibrate FILE, a text to choose weights by, got none")
+    if calibrate is not None and not needs:
+        raise UsageError(
+            f"--calibrate: expected --quant {CALIBRATED}.., got `{quant or 'none'}`",
+            hint="the others round to nearest and need no text",
+        )
+    return policy
+
+
+def quantization(program: Program, quant: str) -> tuple[Program, Options]:
     """What `--quant` asks for; by a policy file, layers that get other formats become kinds of their own."""
     if not quant.endswith(POLICY):
         return program, Options(quant)
-    if PIPELINE.index(after) >= PIPELINE.index("quantize"):
-        return program, Options()
     policy = parse_policy(read_toml(Path(quant), "a policy file"), quant)
     expect_matches(program, policy)
     program = split_kinds(program, policy.scheme)
     return program, Options(schemes(program, policy))
+
+
+def quantized(program: Program, quant: str) -> Program:
+    """An imported program with the formats that `--quant` gives."""
+    program, options = quantization(program, quant)
+    return program.map(lambda graph: quantize(graph, options.schemes(graph)))
+
+
+def calibrate(imported: Imported, quant: str, text: Path, progress: Progress) -> Imported:
+    """The same model with the weights that the text chose for what `--quant` asks of them (calibrate.py)."""
+    from .calibrate import calibrated, read_pieces
+
+    texts = read_pieces(imported.checkpoint, text)
+    return calibrated(imported, quantized(imported.program, quant), quant_policy(quant, text).scheme, texts, progress)

@@ -201,6 +201,7 @@ class Emission:
             "source": {"path": self.model.name, "format": checkpoint.source, "ignored": self.imported.ignored},
             "hyper": {k: v for k, v in checkpoint.hyper.items() if isinstance(v, plain)},
             "quant": self.quant,
+            "calibrated": sorted(key for key, s in self.imported.sources.items() if s.rounded is not None),
             "weights_packed": pack,
             "tuned": self.tuned,
             "numerics": "int8 activations per 32, float32 sums in a fixed order",

@@ -35,9 +35,10 @@ from ..runtime.memory import Memory
 from .artifact import stack_tables
 from .driver import silent
 from .lowering import Dump, lower_program
+from .reference_weights import ReferenceWeights
 from .report import sources
 from .rounding import has_bf16_dot, rounded
-from .verify import Check, ReferenceWeights, closeness
+from .verify import Check, closeness
 from .weights import packed_weights, weight_plan
 
 # Most relative error of a phase by its anchor: an int8 code that rounds the other way costs the matrix behind it up

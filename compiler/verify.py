@@ -16,7 +16,7 @@ reads the same tokens at once, so an early difference cannot hide behind a later
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,24 @@ import numpy as np
 import torch
 
 from ..ir.errors import LoadError, UsageError
-from ..ir.formats import FORMATS, decode
 from ..ir.graph import Program
 from ..ir.reference import ReferenceModel, RowBatch
 from ..ir.text import show
 from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
 from ..models.open import open_checkpoint
+from ..passes.quantize import CALIBRATED
 from ..runtime import Artifact, Model, load
+from .calibrate import calibrated, read_pieces
+from .reference_weights import ReferenceWeights
 from .report import fused_program, ir_text
 from .rounding import has_bf16_dot, rounded_program
-from .weights import pack_one, packed_weights, read_rows, read_vector, weight_plan
+from .weights import pack_one, packed_weights, weight_plan
 
 COSINE = 0.98  # least cosine of any row of logits
 EXCESS = 1.5  # times the error of rounding by design that the mean error may reach
 FLOOR = {"bf16": 0.02, "f32": 2e-3}  # relative error allowed on top: attention rounds to the cache's type
 LEAD = 6  # errors (of one logit) that two logits may be apart and still change places: four sigmas of a difference
-KEEP_BYTES = 4 << 30  # of decoded weights kept between uses
 
 Progress = Callable[[str], None]
 
@@ -77,42 +78,6 @@ class Verdict:
         return [*found, "passed" if self.passed else "verification failed"]
 
 
-class ReferenceWeights(Mapping[str, torch.Tensor]):
-    """Weights by the importer's keys, float32, rounded to the formats of `program`; decoded when asked for."""
-
-    def __init__(self, imported: Imported, program: Program) -> None:
-        self.imported = imported
-        self.formats = {
-            (f"{layer}." if layer >= 0 else "") + w.name[2:]: w.tensor.dtype
-            for graph, layer in program.sections()
-            for w in graph.weights
-        }
-        self._kept: dict[str, torch.Tensor] = {}
-        self._room = KEEP_BYTES
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        if key not in self._kept:
-            value = self._decode(key)
-            self._room -= value.nbytes
-            if self._room < 0:
-                return value
-            self._kept[key] = value
-        return self._kept[key]
-
-    def _decode(self, key: str) -> torch.Tensor:
-        source, name = self.imported.sources[key], self.formats.get(key, "f32")
-        if len(source.shape) == 1:
-            return torch.from_numpy(read_vector(source, self.imported))
-        rows = read_rows(source, self.imported, name)
-        return torch.from_numpy(decode(FORMATS[name], rows, source.shape[-1]).reshape(source.shape))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.imported.sources)
-
-    def __len__(self) -> int:
-        return len(self.imported.sources)
-
-
 def verify_artifact(
     path: Path,
     model: Path,
@@ -122,11 +87,15 @@ def verify_artifact(
     phases: bool,
     progress: Progress,
     draft: Path | None = None,
+    calibration: Path | None = None,
 ) -> Verdict:
-    """Run every check. LoadError if the two are not the same model at all."""
+    """Run every check. LoadError if the two are not the same model at all.
+
+    calibration: the text that weights were chosen by, if any were: they are chosen again.
+    """
     artifact = Artifact.open(path)
-    imported = import_checkpoint(open_checkpoint(model))
     program = fused_program(artifact)
+    imported = _calibrated(artifact, program, import_checkpoint(open_checkpoint(model)), calibration, progress)
     if (draft is None) != (program.drafter is None):
         wanted, got = ("none", str(draft)) if program.drafter is None else ("the model that drafts in it", "none")
         raise UsageError(f"--draft: expected {wanted}, got {got}", place=str(path))
@@ -151,6 +120,21 @@ def verify_artifact(
         progress("phases")
         checks.append(check_phases(artifact, program, weights, ids))
     return Verdict(str(path), str(model), checks)
+
+
+def _calibrated(
+    artifact: Artifact, program: Program, imported: Imported, text: Path | None, progress: Progress
+) -> Imported:
+    """The checkpoint with the weights that the artifact's calibration text chooses."""
+    keys = frozenset(artifact.manifest.raw.get("calibrated", ()))
+    if bool(keys) != (text is not None):
+        wanted, got = ("the text its weights were chosen by", "none") if keys else ("none", str(text))
+        raise UsageError(f"--calibrate: expected {wanted}, got {got}", place=str(artifact.path))
+    if text is None:
+        return imported
+    progress("calibration")
+    texts = read_pieces(imported.checkpoint, text)
+    return calibrated(imported, program, lambda key: CALIBRATED if key in keys else "", texts, lambda *_: None)
 
 
 def _prompt(model: Model, text: str, tokens: int) -> list[int]:

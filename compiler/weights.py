@@ -126,7 +126,9 @@ def read_vector(source: WeightSource, imported: Imported) -> np.ndarray:
 
 def read_rows(source: WeightSource, imported: Imported, to: str) -> np.ndarray:
     """A matrix, or those of all experts, as the disk rows of format `to`: u8 [N, row_bytes]. Rounds only if the
-    formats differ."""
+    formats differ, to what was chosen by a calibration text if that was done."""
+    if source.rounded is not None and source.rounded.format == to != source.format:
+        return source.rounded.rows
     n, k = prod(source.shape[:-1]), source.shape[-1]
     each = [_tensor_rows(source, imported, name) for name in source.tensors]
     raw = np.concatenate(each) if len(each) > 1 else each[0]

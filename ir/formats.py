@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import expect
 from .format import BLOCK_K, DTYPES, TILE_ROWS, Array, Format, Level
-from .quantizers import QUANTIZERS, ROW_QUANTIZERS
+from .quantizers import QUANTIZERS
 from .records import FORMATS
 
 __all__ = [
@@ -123,22 +123,17 @@ def finite(fmt: Format, raw: Array, k: int) -> bool:
 
 
 def quantize(fmt: Format, x: Array) -> Array:
-    """f32 [N, K] to disk bytes u8 [N, row_bytes], nearest; q4_0 and q8_0 as llama.cpp's reference does."""
+    """f32 [N, K] to disk bytes u8 [N, row_bytes], each weight by itself."""
     n, k = x.shape
     if fmt.dense and not fmt.trailer:
         return np.ascontiguousarray(x.astype(fmt.record)).view(np.uint8).reshape(n, fmt.row_bytes(k))
-    known = ", ".join(f"`{name}`" for name in (*QUANTIZERS, *ROW_QUANTIZERS))
-    can = fmt.name in QUANTIZERS or fmt.name in ROW_QUANTIZERS
-    expect(can, f"cannot quantize to `{fmt.name}`", hint=f"use {known} or a dense format")
+    known = ", ".join(f"`{name}`" for name in QUANTIZERS)
+    expect(fmt.name in QUANTIZERS, f"cannot quantize to `{fmt.name}`", hint=f"use {known} or a dense format")
     out = np.empty((n, fmt.row_bytes(k)), np.uint8)
     step = max(1, (1 << 20) // k)  # rows at a time, to bound the temporaries
     for start in range(0, n, step):
         rows = np.ascontiguousarray(x[start : start + step], np.float32)
-        if fmt.name in ROW_QUANTIZERS:
-            out[start : start + step] = ROW_QUANTIZERS[fmt.name](rows, fmt.record)
-        else:
-            records = QUANTIZERS[fmt.name](rows.reshape(-1, fmt.disk_block), fmt.record)
-            out[start : start + step] = records.view(np.uint8).reshape(len(rows), -1)
+        out[start : start + step] = QUANTIZERS[fmt.name](rows, fmt.record)
     return out
 
 

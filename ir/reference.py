@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import expect, nearest
+from .errors import CompileError, nearest
 from .graph import Graph, Program
 from .sampling import Sampling, sample
 from .types import CacheType, TensorType
@@ -121,7 +121,8 @@ def evaluate(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def evaluate_all(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Every value of a graph by name."""
     for p in graph.params:
-        expect(p.name in inputs, f"graph `{graph.name}`: expected an input `{p.name}`", nearest(p.name, inputs))
+        if p.name not in inputs:
+            raise CompileError(f"graph `{graph.name}`: expected an input `{p.name}`", hint=nearest(p.name, inputs))
     values = {p.name: inputs[p.name] for p in graph.params}
     for op in graph.ops:
         values[op.out.name] = op.reference(*(values[v.name] for v in op.operands))
@@ -174,18 +175,19 @@ class ReferenceModel:
     def step(self, rows: RowBatch) -> StepResult:
         """Compute one step; `self.state.rows` then holds the decode rows of the next."""
         fixed = {"rows": rows, "slots": self.state}
-        entry = evaluate(self.program.entry, fixed | self._weights(self.program.entry, -1))
+        entry = evaluate(self.program.entry, fixed | weights_of(self.program.entry, -1, self.weights))
         running = next(iter(entry.values()))
         for layer, name in enumerate(self.program.layers):
             running = self._layer(self.program.kind(name), layer, fixed | entry, running)
         last = self.program.exit
-        values = evaluate_all(last, {**fixed, **entry, _first(last): running, **self._weights(last, -1)})
+        own = weights_of(last, -1, self.weights)
+        values = evaluate_all(last, {**fixed, **entry, running_name(last): running, **own})
         self.state = values[last.results[0].name]
         chosen = next(op for op in last.ops if op.name == "sample")
         return StepResult(values[chosen.operands[0].name], values[chosen.out.name])
 
     def _layer(self, graph: Graph, layer: int, given: Mapping[str, Any], running: Tensor) -> Tensor:
-        values = {**given, _first(graph): running, **self._weights(graph, layer)}
+        values = {**given, running_name(graph): running, **weights_of(graph, layer, self.weights)}
         cache = graph.cache
         if cache is not None:
             values[cache.name] = self.caches[layer]
@@ -196,15 +198,6 @@ class ReferenceModel:
             )
         result: Tensor = values[graph.results[0].name]
         return result
-
-    def _weights(self, graph: Graph, layer: int) -> dict[str, Tensor]:
-        prefix = "" if layer < 0 else f"{layer}."
-        found = {}
-        for p in graph.weights:
-            key = prefix + p.name.removeprefix("w.")
-            expect(key in self.weights, f"expected a weight `{key}`", nearest(key, self.weights))
-            found[p.name] = torch.as_tensor(self.weights[key], dtype=torch.float32)
-        return found
 
     def generate(
         self, prompt: Sequence[int], tokens: int, sampling: Sampling | None = None, stop: Sequence[int] = ()
@@ -218,6 +211,18 @@ class ReferenceModel:
         return list(self.state.states[0].tokens)
 
 
-def _first(graph: Graph) -> str:
+def weights_of(graph: Graph, layer: int, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights a graph of layer `layer` takes (-1: it is of no layer), float32, by parameter."""
+    prefix = "" if layer < 0 else f"{layer}."
+    found = {}
+    for p in graph.weights:
+        key = prefix + p.name.removeprefix("w.")
+        if key not in weights:
+            raise CompileError(f"expected a weight `{key}`", hint=nearest(key, weights))
+        found[p.name] = torch.as_tensor(weights[key], dtype=torch.float32)
+    return found
+
+
+def running_name(graph: Graph) -> str:
     """The parameter that takes the running activation."""
     return next(p.name for p in graph.params if isinstance(p.type, TensorType) and not p.is_weight)

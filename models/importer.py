@@ -27,15 +27,24 @@ FAMILIES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """Disk rows u8 [N, row_bytes] of a matrix in a format, chosen by more than its own values."""
+
+    format: str
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
 class WeightSource:
     """Where one weight comes from: a checkpoint tensor (or one per expert) and the changes made to it, or a computed
-    constant."""
+    constant. `rounded`: what to take where another format than the checkpoint's is wanted."""
 
     shape: tuple[int, ...]
     format: str
     tensors: tuple[str, ...] = ()
     changes: tuple[tuple[str, float], ...] = ()
     constant: np.ndarray | None = None
+    rounded: Rounded | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from ..ir.types import TensorType, Value
 
 SCHEMES = {  # what --quant names
     "int4": "q4_0", "int8": "q8_0", "bf16": "bf16", "nvfp4": "nvfp4", "mxfp4": "mxfp4", "fp8": "fp8",
+    "gptq-int4": "q4_0", "gptq-nvfp4": "nvfp4", "gptq-mxfp4": "mxfp4",
 }  # fmt: skip
+CALIBRATED = "gptq-"  # how schemes begin whose values compiler/calibrate.py chooses by a text; formats are as without
 FLOATS = ("f32", "f16", "bf16")
 
 

@@ -66,7 +66,7 @@ def load(
         drafts = 0  # what it brings on a GPU is not measured
     backend, workers, chosen = opened or _on_processor(artifact, target, threads, counts)
     model = Model(
-        artifact.manifest, backend, counts, lambda: _tokenizer(artifact), target=chosen, threads=workers,
+        artifact.manifest, backend, counts, lambda: read_tokenizer(artifact), target=chosen, threads=workers,
         segments=segments, prefix_cache=prefix_cache, drafts=drafts,
     )  # fmt: skip
     try:
@@ -162,7 +162,8 @@ def _on_processor(
     return CpuBackend(artifact.library(chosen), chosen, artifact.manifest, memory), workers, chosen.name
 
 
-def _tokenizer(artifact: Artifact) -> Tokenizer | None:
+def read_tokenizer(artifact: Artifact) -> Tokenizer | None:
+    """The tokenizer in an artifact; None: it has none."""
     if not any(name.startswith("tokenizer/") for name in artifact.manifest.files):
         return None
     from .tokenizer import Tokenizer  # here: its library takes 0.1 s to import

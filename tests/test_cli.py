@@ -51,7 +51,7 @@ def test_help_is_quick_and_needs_no_heavy_library() -> None:
     assert time.perf_counter() - start < 5  # half a second, on a machine that does nothing else
 
 
-@pytest.mark.parametrize("name", ["compile", "run", "chat", "inspect", "verify", "bench", "doctor"])
+@pytest.mark.parametrize("name", ["compile", "run", "chat", "inspect", "verify", "eval", "bench", "doctor"])
 def test_every_command_has_help_without_periods(run: Main, name: str) -> None:
     code, out, _ = run(name, "--help")
     assert code == 0
@@ -71,7 +71,7 @@ def test_every_command_has_help_without_periods(run: Main, name: str) -> None:
         (["compile", "x.gguf", "--context", "4Q"], 2, "expected a number like 4096, 4K or 1M, got `4Q`"),
         (["compile", "x.gguf", "--rows", "0"], 2, "expected at least 1"),
         (["compile", "x.gguf", "--threads", "0,2"], 2, "expected 1 to 256"),
-        (["compile", "x.gguf", "--quant", "int5"], 2, "bf16, nvfp4, mxfp4, fp8, got `int5`"),
+        (["compile", "x.gguf", "--quant", "int5"], 2, "fp8, gptq-int4, gptq-nvfp4, gptq-mxfp4, got `int5`"),
         (["compile", "x.gguf", "--slots", "4", "--outputs", "2"], 2, "expected outputs >= slots (4), got 2"),
         (["compile", "x.gguf", "--speculate", "ngram:8"], 2, "limits: expected drafts 0 to 7, got 8"),
         (["compile", "x.gguf", "--speculate", "ngram:4", "--outputs", "8"], 2, "expected outputs >= 10, got 8"),

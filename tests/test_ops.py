@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from docstrings import sections
 from tiny import POSITIONS, SLOTS, random_inputs, shape_of
 
 from onelaunch.ir.errors import CompileError
 from onelaunch.ir.graph import Graph
-from onelaunch.ir.ops import OPS
+from onelaunch.ir.ops import OPS, Attend
 from onelaunch.ir.reference import KvCache, RowBatch, Slots, evaluate
 from onelaunch.ir.text import parse, show
-from onelaunch.ir.types import CacheType, TensorType
+from onelaunch.ir.types import CacheType, StateType, TensorType, Value
 
 each_op = pytest.mark.parametrize("name", sorted(OPS))
 
@@ -68,3 +69,23 @@ def test_a_wrong_result_type_is_refused(name):
     wrong = text.replace(f"{op.out.name}: {op.out.type}", f"{op.out.name}: f32[3, 3, 3]")
     with pytest.raises(CompileError, match="is declared"):
         parse(wrong)
+
+
+@pytest.mark.parametrize(("window", "kept"), [(0, 0), (3, 0), (3, 2)])
+def test_attention_of_rows_together_is_that_of_each_by_itself(window, kept):
+    """Rows of two slots in any order, against one row and one head at a time."""
+    random, scale, cap = torch.Generator().manual_seed(0), 0.3, 5.0
+    keys, values = (torch.randn(2, 12, 2, 4, generator=random) for _ in range(2))
+    q, sinks = torch.randn(5, 16, generator=random), torch.randn(4, generator=random)
+    rows = RowBatch.of([(0, 1, 9), (0, 0, 0), (0, 1, 10), (0, 0, 1), (0, 1, 11)], [])
+    kind, out = CacheType(2, 4, window, kept), Value("a", TensorType("f32", ("R", 16)))
+    attend = Attend(out, *(Value(n, k) for n, k in (("q", out.type), ("kv", kind), ("rows", StateType("rows")))),
+                    Value("s", TensorType("f32", (4,))), scale, cap)  # fmt: skip
+    found = attend.reference(q, KvCache(keys, values), rows, sinks).view(5, 4, 4)
+    for r, (_, slot, position) in enumerate([(0, 1, 9), (0, 0, 0), (0, 1, 10), (0, 0, 1), (0, 1, 11)]):
+        seen = [p for p in range(position + 1) if not window or p > position - window or p < kept]
+        for head in range(4):
+            k, v = (t[slot, seen, head // 2] for t in (keys, values))
+            score = cap * torch.tanh(k @ q[r].view(4, 4)[head] * scale / cap)
+            weight = torch.cat([score, sinks[head, None]]).softmax(0)[:-1]
+            assert torch.allclose(found[r, head], weight @ v, atol=1e-6)

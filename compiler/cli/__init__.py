@@ -1,4 +1,4 @@
-"""The command line: `onelaunch compile | run | chat | inspect | targets | verify | bench | doctor`.
+"""The command line: `onelaunch compile | run | chat | inspect | targets | verify | eval | bench | doctor`.
 
 stdout is data (JSON with --json), stderr is progress. Exit codes: 0 ok, 2 usage, 3 unsupported or unloadable,
 4 verification failed, 5 environment, 70 a bug of ours, 130 interrupted. One file per group of commands; a
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ... import __version__
-from . import autotune, bench, check, compile, inspect, talk, targets
+from . import autotune, bench, check, compile, evaluate, inspect, talk, targets
 from .failure import report
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ app.command("chat", rich_help_panel="Use")(talk.chat)
 app.command("inspect", rich_help_panel="Look inside")(inspect.command)
 app.command("targets", rich_help_panel="Look inside")(targets.command)
 app.command("verify", rich_help_panel="Check and measure")(check.verify)
+app.command("eval", rich_help_panel="Check and measure")(evaluate.command)
 app.command("bench", rich_help_panel="Check and measure")(bench.command)
 app.command("doctor", rich_help_panel="Check and measure")(check.doctor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,9 @@ def verify(
     draft: Annotated[
         str | None, typer.Option(metavar="PATH", help="The model that drafts, where one was compiled in")
     ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text its gptq-.. weights were chosen by")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare an artifact with the float32 reference over the same weights"""
@@ -30,7 +34,7 @@ def verify(
 
     paths = find_artifact(artifact, "verify"), find_model(model)
     drafter = find_model(draft) if draft else None
-    found = verify_artifact(*paths, prompt, tokens, threads, phases, note, drafter)
+    found = verify_artifact(*paths, prompt, tokens, threads, phases, note, drafter, calibrate)
     print_json(found.as_dict()) if json else print("\n".join(found.lines()))
     if not found.passed:
         raise typer.Exit(4)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..lowering import Dump
 
 LIMITS, INSIDE = "Limits", "Looking inside"
-QUANT, KV = ("int4", "int8", "bf16", "nvfp4", "mxfp4", "fp8"), ("bf16", "f32")
+QUANT = ("int4", "int8", "bf16", "nvfp4", "mxfp4", "fp8", "gptq-int4", "gptq-nvfp4", "gptq-mxfp4")
+KV = ("bf16", "f32")
 
 
 def _number(help: str, shown: str | bool = True) -> Any:
@@ -42,6 +43,9 @@ def command(
         typer.Option(metavar="NAME|FILE", help=f"Quantize matrices to {', '.join(QUANT)}, or as a .toml file says",
                      show_default="as stored"),
     ] = "",
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text that gptq-.. chooses weights by")
+    ] = None,
     kv_dtype: Annotated[str, typer.Option(help="How the cache stores keys and values: bf16 or f32")] = "bf16",
     weights: Annotated[
         bool, typer.Option("--weights/--no-weights", help="Pack the weights; without, only to inspect")
@@ -118,6 +122,7 @@ def command(
         limits=limits,
         workers=counts,
         quant=quant,
+        calibrate=calibrate,
         ignore_config=frozenset(ignore_config or ()),
         start_from=start_from,
         fit_context=context is None,
@@ -188,7 +193,8 @@ def _passes(request: Request, dump: Dump) -> int:
     done = PIPELINE.index(read_dump(request.start_from)[1]) if request.start_from else 0
     if dump.stop_after:
         return max(1, PIPELINE.index(dump.stop_after) + 1 - done)
-    return len(PIPELINE) - done - (not request.pack) + len(request_targets(request).gpus)
+    calibration = request.pack and request.calibrate is not None
+    return len(PIPELINE) - done - (not request.pack) + calibration + len(request_targets(request).gpus)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

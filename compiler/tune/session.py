@@ -84,7 +84,7 @@ def subject(request: Request) -> Subject:
     trained = imported.checkpoint.hyper["context"]
     limits = replace(request.limits, context=min(request.limits.context, trained))
     limits = limits if isinstance(place, Level) else with_fewest_rows(replace(limits, drafts=0))
-    program, options = quantization(imported.program, request.quant, "import")
+    program, options = quantization(imported.program, request.quant)
     program = run_graph_passes(program, Options(options.quant), Dump(), silent, "import")
     refuse_formats(program, targets.gpus)
     return Subject(replace(request, limits=limits), imported, program, limits, place)

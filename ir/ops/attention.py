@@ -80,18 +80,25 @@ class Attend(Op):
         return TensorType("f32", (ROWS, width))
 
     def reference(self, q: Any, kv: Any, rows: Any, sinks: Any = None) -> Any:
-        cache, heads = self.kv.cache, q.shape[-1] // self.kv.cache.head_dim
         out = torch.empty_like(q)
-        for r in range(q.shape[0]):
-            slot, position = int(rows.slot[r]), int(rows.position[r])
-            before, first = cache.seen(position)
-            seen = [*range(before), *range(first, position + 1)]
-            k, v = (t[slot, seen].transpose(0, 1) for t in (kv.keys, kv.values))
-            query = q[r].view(cache.kv_heads, heads // cache.kv_heads, cache.head_dim)
-            scores = query @ k.transpose(1, 2) * self.scale
-            if self.softcap:
-                scores = self.softcap * torch.tanh(scores / self.softcap)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks.view(cache.kv_heads, -1, 1)], -1)
-            out[r] = (scores.softmax(-1)[..., : k.shape[1]] @ v).reshape(-1)
+        for slot in rows.slot.unique().tolist():
+            own = (rows.slot == slot).nonzero()[:, 0]
+            out[own] = self._slot_rows(q[own], kv, slot, rows.position[own], sinks)
         return out
+
+    def _slot_rows(self, q: Any, kv: Any, slot: int, position: Any, sinks: Any) -> Any:
+        """The rows of one slot, [n, heads * head_dim], at once."""
+        cache, n = self.kv.cache, len(q)
+        before, first = torch.tensor([cache.seen(p) for p in position.tolist()]).T[..., None]
+        seen = torch.arange(int(position.max()) + 1)
+        visible = (seen < before) | ((seen >= first) & (seen <= position[:, None]))
+        seen, visible = seen[visible.any(0)], visible[:, visible.any(0)]
+        k, v = (t[slot, seen].transpose(0, 1)[:, None] for t in (kv.keys, kv.values))
+        query = q.view(n, cache.kv_heads, -1, cache.head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, n, head_dim]
+        scores = query @ k.transpose(2, 3) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.view(cache.kv_heads, -1, 1, 1).expand(-1, -1, n, 1)], -1)
+        return (scores.softmax(-1)[..., : len(seen)] @ v).permute(2, 0, 1, 3).reshape(n, -1)
