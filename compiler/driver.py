@@ -21,7 +21,7 @@ from ..models.open import open_checkpoint
 from ..models.window import with_window
 from ..passes import GRAPH_PASSES, PIPELINE, Options
 from ..passes.policy import Policy, expect_matches, parse_policy, schemes, split_kinds
-from ..passes.quantize import CALIBRATED, quantize
+from ..passes.quantize import CALIBRATED, FLOATS, quantize
 from .emit import Emission
 from .gpu import refuse_formats
 from .lowering import (
@@ -232,7 +232,16 @@ def quant_policy(quant: str, calibrate: Path | None = None) -> Policy:
 
 
 def quantization(program: Program, quant: str) -> tuple[Program, Options]:
-    """What `--quant` asks for; by a policy file, layers that get other formats become kinds of their own."""
+    """What `--quant` asks for; by a policy file, layers that get other formats become kinds of their own.
+
+    UsageError for a checkpoint in which nothing can be quantised: formats that it has are kept.
+    """
+    stored = {w.tensor.dtype for graph in program.graphs for w in graph.weights if len(w.tensor.shape) > 1}
+    if quant and not stored & set(FLOATS):
+        raise UsageError(
+            f"--quant {quant}: expected matrices of {', '.join(FLOATS)}, got {', '.join(sorted(stored))}",
+            hint="what is quantised already keeps its format, as rounding twice loses twice: leave --quant out",
+        )
     if not quant.endswith(POLICY):
         return program, Options(quant)
     policy = parse_policy(read_toml(Path(quant), "a policy file"), quant)

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from onelaunch.compiler.build import LEVELS
+from onelaunch.compiler.driver import quantization
+from onelaunch.ir.errors import UsageError
 from onelaunch.ir.formats import FORMATS, decode, quantize
 from onelaunch.passes.quantize import SCHEMES
 from onelaunch.runtime import load
 from onelaunch.tests.checkpoints import save_random
 from onelaunch.tests.compiled import all_logits, host_targets, relative_errors
+from onelaunch.tests.tiny import tiny
 
 LENGTH = 100
 LIMITS = {"rows": 64, "slots": 1, "context": 128, "outputs": 64, "kv_dtype": "f32"}
@@ -102,3 +105,9 @@ def test_rounded_weights_compute_what_transformers_computes_with_them(case, comp
     assert cosine(got, exact) >= COSINE
     assert relative_errors(got, exact).max() <= case.exact
     assert np.sort(relative_errors(got, alike))[LENGTH // 3] <= case.alike
+
+
+def test_a_checkpoint_that_is_quantised_already_is_refused():
+    with pytest.raises(UsageError, match="--quant int4: expected matrices of f32, f16, bf16, got q8_0"):
+        quantization(tiny("llama", "q8_0").program, "int4")
+    quantization(tiny("llama", "bf16").program, "int4")
