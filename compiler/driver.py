@@ -13,6 +13,7 @@ from ..ir.graph import Program
 from ..ir.limits import Limits
 from ..ir.schedule import Schedule
 from ..ir.text import show
+from ..ir.tuning import Tuning
 from ..models.checkpoint import Checkpoint
 from ..models.drafter import with_drafter
 from ..models.importer import Imported, import_checkpoint
@@ -35,6 +36,7 @@ from .lowering import (
 )
 from .target_list import Targets, parse_targets
 from .toml_file import read_toml
+from .tune.lookup import Chosen, choose
 
 POLICY = ".toml"  # how the name of a policy file ends
 DEFAULT_WORKERS = (1, 2, 4, 8, 16)
@@ -52,6 +54,8 @@ class Request:
     pack: False leaves the weights out; the artifact can be inspected, not loaded.
     draft: a checkpoint whose model guesses `limits.drafts` tokens a step, where `limits.drafter` is `model`.
     target_files: TOML files, or folders of them, with machines of the user's own.
+    tuning: choices to compile with; None: those of the tuning database, or with `tune` none the defaults.
+    reuse: a folder that keeps compiled libraries and packed weights for the next compilation of the same weights.
     window: what layers without one see, 0: everything; sinks: first tokens that windows keep (`models/window.py`).
     """
 
@@ -68,6 +72,9 @@ class Request:
     pack: bool = True
     draft: Path | None = None
     target_files: Sequence[Path] = ()
+    tuning: Tuning | None = None
+    tune: str = "cached"
+    reuse: Path | None = None
     window: int = 0
     sinks: int = 0
 
@@ -101,10 +108,10 @@ def compile_model(request: Request, dump: Dump | None = None, progress: Progress
     start = time.perf_counter()
     request_targets(request)  # what is wrong is told before the checkpoint is read
     quant_policy(request.quant, request.calibrate)
-    return compile_imported(_import(request.model, request), request, dump, progress, start)
+    return compile_imported(import_model(request.model, request), request, dump, progress, start)
 
 
-def _import(model: Path, request: Request) -> Imported:
+def import_model(model: Path, request: Request) -> Imported:
     return import_checkpoint(open_checkpoint(model, request.ignore_config, shapes_only=not request.pack))
 
 
@@ -119,23 +126,27 @@ def compile_imported(
     dump, checkpoint = dump or Dump(), imported.checkpoint
     start = time.perf_counter() if start is None else start
     targets = request_targets(request)
-    draft = None if request.draft is None else _import(request.draft, request)
+    draft = None if request.draft is None else import_model(request.draft, request)
     limits = _fit_context(request, checkpoint, draft)
     if request.calibrate is not None and request.pack:
         imported = calibrate(imported, request.quant, request.calibrate, progress)
     if draft is not None:
         imported = with_drafter(imported, draft, limits.drafts)
     imported = replace(imported, program=with_window(imported.program, request.window, request.sinks))
+    chosen = choose(imported.program, request.quant, targets, limits, request.tuning, request.tune)
+    limits = chosen.limits
     threads = thread_counts(request, targets)
     progress("import", time.perf_counter() - start, f"{checkpoint.family}, {len(checkpoint.tensors)} tensors")
     dump.keep("import", show(imported.program))
     if dump.stops("import"):
         return None
     workers = sorted({*threads, *(count for gpu in targets.gpus for count in gpu.workers)})
-    lowered = _lower(request, imported, targets, limits, workers, dump, progress)
+    lowered = _lower(request, imported, targets, chosen, workers, dump, progress)
     if lowered is None:
         return None
-    emission = Emission(request.model, request.quant, imported, targets, limits, threads, dump, progress)
+    emission = Emission(
+        request.model, request.quant, imported, targets, limits, threads, dump, progress, chosen.record, request.reuse
+    )
     return emission.write(lowered, request.output, request.pack)
 
 
@@ -155,11 +166,12 @@ def _lower(
     request: Request,
     imported: Imported,
     targets: Targets,
-    limits: Limits,
+    chosen: Chosen,
     workers: Sequence[int],
     dump: Dump,
     progress: Progress,
 ) -> Lowered | None:
+    limits = chosen.limits
     program, after, edited = imported.program, "import", None
     if request.start_from is not None:
         _refuse_bounds(request)
@@ -170,12 +182,13 @@ def _lower(
     if edited is None:
         done = PIPELINE.index(after) >= PIPELINE.index("quantize")
         program, options = (program, Options()) if done else quantization(program, request.quant)
+        options = replace(options, tuning=chosen.tuning)
         program = run_graph_passes(program, options, dump, progress, after)
         if dump.stop_after in GRAPH_NAMES:
             return None
     refuse_formats(program, targets.gpus)
     if edited is None:
-        return lower_program(program, limits, workers, dump, progress)
+        return lower_program(program, limits, workers, dump, progress, chosen.tuning)
     return _lower_edited(edited, after, limits, workers, dump, progress)
 
 
@@ -198,7 +211,7 @@ def _lower_edited(
         f"--start-from: expected a schedule of {', '.join(map(str, workers))} workers, got {edited.workers}",
         hint="give the --target and --threads that the dump was made with",
     )
-    rest = lower_program(edited.program, limits, workers, Dump(), silent)
+    rest = lower_program(edited.program, limits, workers, Dump(), silent, edited.tuning)
     assert rest is not None
     made = {**rest.schedules, edited.workers: {**rest.schedules[edited.workers], edited.bucket: edited}}
     return finish_schedules(edited.program, made, (edited.workers, edited.bucket), dump, progress, after)

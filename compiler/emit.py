@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Emission:
     threads: tuple[int, ...]
     dump: Dump
     progress: Progress
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reuse: Path | None = None
 
     def write(self, lowered: Lowered, output: Path, pack: bool) -> Path | None:
         """Write the artifact; None when `dump` stops after codegen. Nothing is left behind by an error."""
@@ -99,7 +101,7 @@ class Emission:
         """Run the compilers; weights are packed beside the C++ one, but only when every GPU kernel fits."""
         gpus = self._gpu_builds(code, folder, pool)
         native = {
-            level.name: pool.submit(build_native, level, code.native.units[level.name], folder)
+            level.name: pool.submit(build_native, level, code.native.units[level.name], folder, self.reuse)
             for level in self.targets.levels
         }
         entries = self._gpu_entries(gpus, code, folder)
@@ -145,10 +147,22 @@ class Emission:
     def _pack(self, folder: ArtifactFolder, weights: list[PackedWeight]) -> None:
         start = time.perf_counter()
         name = "weights/weights.safetensors"
-        digest = write_weights(folder.path(name), weights, self.imported, lambda done, total: None)
+        digest = self._kept_weights(folder.path(name), weights)
         folder.add(name, digest)
         size = sum(w.size for w in weights)
         self.progress("pack", time.perf_counter() - start, f"{size / 1e6:.1f} MB in {len(weights)} tensors")
+
+    def _kept_weights(self, path: Path, weights: list[PackedWeight]) -> str:
+        """Write the packed weights, or link those that an earlier compilation left to be used again; their sha256."""
+        kept = None if self.reuse is None else self.reuse / "weights.safetensors"
+        if kept is not None and kept.exists():
+            os.link(kept, path)
+            return kept.with_suffix(".sha256").read_text()
+        digest = write_weights(path, weights, self.imported, lambda done, total: None)
+        if kept is not None:
+            os.link(path, kept)
+            kept.with_suffix(".sha256").write_text(digest)
+        return digest
 
     def _tables(self, code: Code) -> dict[str, tuple[int, np.ndarray]]:
         """Worker count and table by the key that names table and certificate: `4` of processors, `sm_90-132`."""
@@ -189,6 +203,7 @@ class Emission:
             "quant": self.quant,
             "calibrated": sorted(key for key, s in self.imported.sources.items() if s.rounded is not None),
             "weights_packed": pack,
+            "tuned": self.tuned,
             "numerics": "int8 activations per 32, float32 sums in a fixed order",
             "targets": targets,
             "certificates": {

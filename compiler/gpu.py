@@ -76,7 +76,8 @@ def render_gpu(gpus: Sequence[GpuTarget], lowered: Lowered, plan: WeightPlan) ->
     counts = sorted({count for gpu in gpus for count in gpu.workers})
     source = render_kernel(lowered.rendered(counts))
     chunks = source.chunk_blocks.__getitem__
-    ahead = {n: min(m.ahead_bytes for gpu in gpus for m in gpu.machines if m.sms == n) for n in counts}
+    part = next(iter(lowered.rendered(counts).values())).tuning["ahead_part"]
+    ahead = {n: min(m.ahead_bytes(part) for gpu in gpus for m in gpu.machines if m.sms == n) for n in counts}
     tables = {
         n: stack_tables(
             {
@@ -95,9 +96,9 @@ def compile_bucket(gpu: GpuTarget, bucket: str, source: Source, limits: Limits) 
     CompileError: it does not compile, or a machine of the target cannot hold it.
     """
     start = time.perf_counter()
-    chunks = min(stages(source.slot_bytes, machine.shared_bytes_per_block) for machine in gpu.machines)
+    chunks = min(stages(source.slot_bytes, machine.shared_bytes_per_block, source.ring) for machine in gpu.machines)
     ring = chunks, source.slot_bytes
-    kernel = compile_apart(source.text, limits, source.kv_names, gpu.number, bucket, ring)
+    kernel = compile_apart(source.text, limits, source.kv_names, gpu.number, bucket, ring, source.warps)
     reasons = [f"{gpu.arch}: {kernel.entry}: {r}" for machine in gpu.machines for r in misfits(kernel, machine)]
     if reasons:
         raise CompileError(reasons, hint="leave the machine out, or compile for fewer --rows and --outputs")

@@ -25,13 +25,14 @@ ERRORS: dict[str, type[OnelaunchError]] = {"CompileError": CompileError, "HostEr
 
 
 def compile_apart(
-    text: str, limits: Limits, kv_names: Sequence[str], arch: int, bucket: str, ring: tuple[int, int]
+    text: str, limits: Limits, kv_names: Sequence[str], arch: int, bucket: str, ring: tuple[int, int],
+    warps: int
 ) -> Kernel:
     """`compile_kernel` in another process. CompileError and HostError as there; HostError if that process dies."""
     with tempfile.TemporaryDirectory(prefix="onelaunch-") as name:
         folder = Path(name)
         job = {"text": text, "limits": limits.as_dict(), "kv_names": list(kv_names), "arch": arch}
-        job |= {"bucket": bucket, "ring": ring}
+        job |= {"bucket": bucket, "ring": ring, "warps": warps}
         (folder / JOB).write_text(json.dumps(job))
         command = [sys.executable, "-m", __name__, name]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -57,7 +58,9 @@ def main(folder: Path) -> None:
     result: dict[str, Any]
     try:
         limits = Limits(**job["limits"])
-        kernel = compile_kernel(job["text"], limits, job["kv_names"], job["arch"], job["bucket"], tuple(job["ring"]))
+        kernel = compile_kernel(
+            job["text"], limits, job["kv_names"], job["arch"], job["bucket"], tuple(job["ring"]), job["warps"]
+        )
         result = asdict(kernel)
         (folder / CUBIN).write_bytes(result.pop("cubin"))
     except (CompileError, HostError) as error:

@@ -20,7 +20,7 @@ from ..passes import SCHEDULE_PASSES, schedule
 from ..runtime.artifact import Artifact
 from .kernel_report import KernelReport, body_formats, budget, problems, report
 from .machines import Machine, machine_for
-from .report import fused_program
+from .report import fused_program, stored_schedule
 from .step_model import StepModel, model
 from .step_work import measured_costs
 from .sync_lint import lint
@@ -113,10 +113,13 @@ def _kernel(view: GpuView, entry: Mapping[str, Any]) -> Kernel:
     )  # fmt: skip
 
 
-def mix(view: GpuView) -> list[Row]:
-    """One row per kernel: the report's numbers, cost of main loops against the budget, what is wrong with it."""
+def mix(view: GpuView, kernels: Mapping[str, KernelReport] | None = None) -> list[Row]:
+    """One row per kernel: the report's numbers, cost of main loops against the budget, what is wrong with it.
+
+    kernels: `reports(view)`, where it is known.
+    """
     found = []
-    for bucket, kernel in reports(view).items():
+    for bucket, kernel in (kernels or reports(view)).items():
         entry = view.kernels()[bucket]
         rows = []
         for branch in kernel.branches:
@@ -139,7 +142,8 @@ def target_schedule(view: GpuView) -> Schedule:
     HostError where the passes make another one today, as they would of a schedule that was edited.
     """
     workers = view.machine.sms
-    made = schedule(fused_program(view.artifact), view.artifact.manifest.limits, BUCKETS[0], workers)
+    stored, limits = stored_schedule(view.artifact), view.artifact.manifest.limits
+    made = schedule(stored.program, limits, BUCKETS[0], workers, stored.tuning)
     for _, change in SCHEDULE_PASSES:
         made = change(made)
     name = f"tables/{view.name}-{workers}.npy"
@@ -158,9 +162,10 @@ def target_schedule(view: GpuView) -> Schedule:
     return made
 
 
-def modelled(view: GpuView, depth: int) -> StepModel:
+def modelled(view: GpuView, depth: int, kernels: Mapping[str, KernelReport] | None = None) -> StepModel:
     """A step of one row after `depth` cached tokens, with instructions counted in the compiled code."""
-    return model(target_schedule(view), view.machine, measured_costs(reports(view)[BUCKETS[0]]), depth)
+    found = kernels or reports(view)
+    return model(target_schedule(view), view.machine, measured_costs(found[BUCKETS[0]]), depth)
 
 
 def phases(step: StepModel) -> list[Row]:

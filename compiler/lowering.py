@@ -15,6 +15,7 @@ from ..ir.schedule import BUCKETS, Schedule
 from ..ir.schedule_text import parse_schedule, show_schedule
 from ..ir.table import event_count
 from ..ir.text import parse_program, show
+from ..ir.tuning import UNTUNED, Tuning
 from ..ir.validate import validate_buckets
 from ..passes import GRAPH_PASSES, PIPELINE, SCHEDULE_PASSES, Options, schedule
 
@@ -77,14 +78,19 @@ def run_graph_passes(program: Program, options: Options, dump: Dump, progress: P
 
 
 def lower_program(
-    program: Program, limits: Limits, workers: Sequence[int], dump: Dump, progress: Progress
+    program: Program,
+    limits: Limits,
+    workers: Sequence[int],
+    dump: Dump,
+    progress: Progress,
+    tuning: Tuning = UNTUNED,
 ) -> Lowered | None:
     """Schedule, place and validate for every worker count; None when asked to stop on the way.
 
     Dumps show the largest worker count, bucket `few`.
     """
     start = time.perf_counter()
-    made = {w: {b: schedule(program, limits, b, w) for b in BUCKETS} for w in workers}
+    made = {w: {b: schedule(program, limits, b, w, tuning) for b in BUCKETS} for w in workers}
     shown = max(workers), BUCKETS[0]
     progress("schedule", time.perf_counter() - start, f"workers {', '.join(map(str, workers))}")
     dump.keep("schedule", show_schedule(made[shown[0]][shown[1]]))

@@ -115,10 +115,10 @@ class Machine:
         per_second = self.sms * ISSUE_LANES * self.boost_mhz * 1e6
         return per_second / (self.bandwidth_gb_s * 1e9 / (bits_per_weight / 8))
 
-    @property
-    def ahead_bytes(self) -> int:
-        """Bytes that all workers together ask L2 for ahead of a join: what is in use needs the other half."""
-        return self.l2_bytes // 2
+    def ahead_bytes(self, part: int) -> int:
+        """Bytes that all workers together ask L2 for ahead of a join, one of `part` parts: what is in use needs the
+        others."""
+        return self.l2_bytes // part
 
     def floor_us(self, size: float) -> float:
         """Microseconds in which `size` bytes can be read from memory at best."""

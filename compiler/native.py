@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,8 +46,13 @@ def render_native(levels: Sequence[Level], lowered: Lowered, threads: Sequence[i
     return NativeCode({name: source.units for name, source in sources.items()}, tables)
 
 
-def build_native(level: Level, units: Mapping[str, str], folder: ArtifactFolder) -> tuple[dict[str, Any], float]:
-    """Compile one level into the artifact; its target entry and the seconds it took."""
+def build_native(
+    level: Level, units: Mapping[str, str], folder: ArtifactFolder, reuse: Path | None = None
+) -> tuple[dict[str, Any], float]:
+    """Compile one level into the artifact; its target entry and the seconds it took.
+
+    reuse: a folder of libraries by the digest of their source, to take one from and to leave one in.
+    """
     start = time.perf_counter()
     library = f"kernels/{level.name}/step.so"
     sources = [folder.path(f"kernels/{level.name}/{name}.cpp") for name in units]
@@ -54,6 +62,20 @@ def build_native(level: Level, units: Mapping[str, str], folder: ArtifactFolder)
         "library": library,
         "level": level.number,
         "isa": list(level.isa),
-        "compiler": compile_library(sources, folder.path(library), level),
+        "compiler": _compile(sources, folder.path(library), level, reuse),
     }
     return entry, time.perf_counter() - start
+
+
+def _compile(sources: Sequence[Path], library: Path, level: Level, reuse: Path | None) -> str:
+    """`compile_library`, unless the same sources were compiled into `reuse` before."""
+    if reuse is None:
+        return compile_library(sources, library, level)
+    texts = [level.name, *(source.read_text() for source in sources)]
+    kept = reuse / f"{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()}.so"
+    if not kept.with_suffix(".txt").exists():
+        version = compile_library(sources, library, level)
+        shutil.copy(library, kept)
+        kept.with_suffix(".txt").write_text(version)
+    shutil.copy(kept, library)
+    return kept.with_suffix(".txt").read_text()

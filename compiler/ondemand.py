@@ -155,6 +155,7 @@ def compiled(
         "limits": limits.as_dict(),
         "fit_context": fit,
         "threads": threads,
+        "tuned": tuned_before(model.name),
         "cores": os.cpu_count(),
     }
     key = hashlib.sha256(json.dumps(factors, sort_keys=True).encode()).hexdigest()[:20]
@@ -182,6 +183,16 @@ def _compile(
     workers = (*DEFAULT_WORKERS, os.cpu_count() or 1, threads) if threads else ()
     request = Request(model, output, limits=limits, workers=workers, fit_context=fit, draft=draft)
     compile_model(request, progress=progress)
+
+
+def tuned_before(model: str) -> str:
+    """What the tuning database holds under a model's name: tuning it again makes a new artifact of it."""
+    from dataclasses import asdict
+
+    from .tune.database import read, user_file
+
+    mine = [asdict(e) for e in read(user_file()).values() if e.model == model]
+    return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:16] if mine else ""
 
 
 def compiler_digest() -> str:

@@ -53,6 +53,7 @@ def overview(artifact: Artifact, gbps: float) -> Row:
         "workspace_bytes": m.workspace_bytes,
         "bytes_per_step": step,
         "bytes_per_guess": float(m.traffic.get("weights_per_guess", 0)),
+        "tuned": m.raw.get("tuned", {}),
         "read_gbps": gbps,
         "floor_ms": step / gbps * 1e-6,
         "ir": sorted(name.partition("/")[2] for name in m.files if name.startswith("ir/")),
@@ -61,6 +62,18 @@ def overview(artifact: Artifact, gbps: float) -> Row:
 
 def _compiler(entry: Row) -> str:
     return f"Triton {entry['triton']}, ptxas {entry['ptxas']}" if entry.get("kind") == "cuda" else entry["compiler"]
+
+
+def tuned_words(found: Row) -> str:
+    """What was chosen for a target, from where, and what it was measured or modelled at."""
+    chosen = ", ".join(f"{k}={v}" for k, v in found.get("applied", {}).items()) or "defaults"
+    if "us" not in found:
+        passed_by = f"; {found['passed_by'][0]}" if found.get("passed_by") else ""
+        return f"{chosen} ({found['source']}{passed_by})"
+    where = found["environment"]["machine"]
+    times = f"{found['us']:.0f} us, defaults {found['default_us']:.0f} us"
+    left = "" if found["applied"] == found["choices"] else " (not all applied: other targets or limits forbid)"
+    return f"{chosen} ({found['source']}, {found['how']} on {where}: {times}){left}"
 
 
 def summary_lines(found: Row) -> list[str]:
@@ -77,6 +90,7 @@ def summary_lines(found: Row) -> list[str]:
         f"workspace  {found['workspace_bytes'] / 2**20:.1f} MiB",
         f"floor      {found['bytes_per_step'] / 1e6:.1f} MB per token: {floor} at {found['read_gbps']:.1f} GB/s read",
         *([f"drafts     {guess}"] if found["bytes_per_guess"] else []),
+        *(f"tuned      {name}: {tuned_words(one)}" for name, one in found["tuned"].items()),
     ]
 
 

@@ -85,7 +85,8 @@ def model(schedule: Schedule, machine: Machine, costs: Mapping[str, Cost] | None
     costs = costs or {}
     layers = {s.name: schedule.program.runs(schedule.graph(s.name)) for s in schedule.sections}
     phases: list[PhaseTime] = []
-    asked, ahead, joined = Asked(schedule, machine.ahead_bytes), Ahead(schedule.workers), False
+    asked = Asked(schedule, machine.ahead_bytes(schedule.tuning["ahead_part"]))
+    ahead, joined = Ahead(schedule.workers), False
     for section in schedule.sections:
         graph = schedule.graph(section.name)
         if section.heads:  # the section before asks for these at its end
@@ -93,7 +94,8 @@ def model(schedule: Schedule, machine: Machine, costs: Mapping[str, Cost] | None
             ahead.ask((h.weight if h else "", size) for h, size in zip(section.heads, sizes, strict=True))
         for phase in graph.phases:
             records = tuple(
-                phase_records(graph, phase, section, w, costs, asked, depth) for w in range(schedule.workers)
+                phase_records(graph, phase, section, w, costs, asked, depth, schedule.limits.split_tokens)
+                for w in range(schedule.workers)
             )
             phases.append(_time(phase, section.name, layers[section.name], records, ahead, machine, joined))
             ahead.ask(Share.of(r).asks for r in records)

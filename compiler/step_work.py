@@ -9,7 +9,7 @@ from operator import itemgetter
 from ..ir.bodies import part_of
 from ..ir.formats import FORMATS
 from ..ir.graph import Graph
-from ..ir.limits import SPLIT_TOKENS, partial_floats
+from ..ir.limits import partial_floats
 from ..ir.ops import Attend, Embed, ExpertLinear
 from ..ir.phases import STATE_WRITERS, Phase
 from ..ir.schedule import (
@@ -97,20 +97,29 @@ def measured_costs(found: KernelReport) -> dict[str, Cost]:
 
 
 def phase_records(
-    graph: Graph, phase: Phase, section: Section, worker: int, costs: Mapping[str, Cost], asked: Asked, depth: int
+    graph: Graph,
+    phase: Phase,
+    section: Section,
+    worker: int,
+    costs: Mapping[str, Cost],
+    asked: Asked,
+    depth: int,
+    split: int,
 ) -> tuple[Work, ...]:
     tasks = [t for t in section.queues[worker] if t.phase == phase.name]
     return tuple(
         replace(
-            _record(graph, phase, task, worker, costs, depth),
+            _record(graph, phase, task, worker, costs, depth, split),
             asks=(task.prefetch.weight, float(asked.size(section, task))) if task.prefetch else NOTHING,
         )
         for task in tasks
     )
 
 
-def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[str, Cost], depth: int) -> Work:
-    """One record of a step of one row."""
+def _record(
+    graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[str, Cost], depth: int, split: int
+) -> Work:
+    """One record of a step of one row; `split`: tokens of an attention split."""
     kind = "pack" if task.body.startswith("pack.") else phase.anchor_kind
     if kind == "linear":
         found = _matrix(graph, phase, task, costs, task.last - task.first)
@@ -118,9 +127,9 @@ def _record(graph: Graph, phase: Phase, task: Task, worker: int, costs: Mapping[
         tiles = _expert_tiles(phase, task)
         found = replace(_matrix(graph, phase, task, costs, tiles), trips=tiles, reads="")
     elif kind == "attend":
-        found = _attend(phase, task, worker, depth)
+        found = _attend(phase, task, worker, depth, split)
     elif kind == "pack" or task.first == 0:  # drains of one row are worker 0's
-        found = _rows(graph, phase, kind, depth)
+        found = _rows(graph, phase, kind, depth, split)
     else:
         found = Work()
     idle = not (found.memory or found.near or kind in STATE_WRITERS)  # the record is read, and nothing is to do
@@ -148,19 +157,19 @@ def _matrix(graph: Graph, phase: Phase, task: Task, costs: Mapping[str, Cost], u
     return Work(memory=size, instructions=weights * cost.per_weight, in_flight=cost.in_flight, reads=packed_name(part))
 
 
-def _attend(phase: Phase, task: Task, worker: int, depth: int) -> Work:
+def _attend(phase: Phase, task: Task, worker: int, depth: int, split: int) -> Work:
     """Tiles of (kv head, split) dealt out in turn."""
     op = phase.anchor[0]
     assert isinstance(op, Attend)
     cache = op.kv.cache
     seen = seen_tokens(depth, cache.window, cache.sinks)
-    splits = -(-seen // SPLIT_TOKENS)
+    splits = -(-seen // split)
     tiles = len(range(worker, splits * cache.kv_heads, task.step))
-    values = tiles * 2 * cache.head_dim * min(seen, SPLIT_TOKENS)
+    values = tiles * 2 * cache.head_dim * min(seen, split)
     return Work(memory=2 * values, instructions=values * op.group * INSTRUCTIONS_PER_VALUE)
 
 
-def _rows(graph: Graph, phase: Phase, kind: str, depth: int) -> Work:
+def _rows(graph: Graph, phase: Phase, kind: str, depth: int, split: int) -> Work:
     """Bodies that work on one whole row of activations."""
     values, memory = 0.0, 0.0
     for op in phase.prologue if kind == "pack" else phase.anchor:
@@ -169,7 +178,7 @@ def _rows(graph: Graph, phase: Phase, kind: str, depth: int) -> Work:
         values += max((padded(v.tensor.width) for v in op.operands if _is_row(v)), default=0)
     if kind == "pack" and not phase.prologue:
         source = phase.anchor[0].operands[0]
-        values += source.tensor.width * panel_rows(source) * _partials(graph, source.name, depth)
+        values += source.tensor.width * panel_rows(source) * _partials(graph, source.name, depth, split)
     if kind in ("sample", "guess"):
         values /= 32  # greedy: maxima of tiles, not logits
     return Work(memory=memory, near=4 * values, instructions=values * INSTRUCTIONS_PER_VALUE)
@@ -180,11 +189,11 @@ def _is_row(value: object) -> bool:
     return getattr(kind, "dtype", "") == "f32" and len(getattr(kind, "shape", ())) == 2
 
 
-def _partials(graph: Graph, name: str, depth: int) -> float:
+def _partials(graph: Graph, name: str, depth: int, split: int) -> float:
     """Floats per value that a pack of attention's output reads: one partial per split."""
     producer = next((op for op in graph.ops if op.out.name == name), None)
     if not isinstance(producer, Attend):
         return 1.0
     cache = producer.kv.cache
     seen = seen_tokens(depth, cache.window, cache.sinks)
-    return -(-seen // SPLIT_TOKENS) * partial_floats(cache.head_dim) / cache.head_dim
+    return -(-seen // split) * partial_floats(cache.head_dim) / cache.head_dim

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from .access import panel_value, stored
 from .formats import BLOCK_K, TILE_ROWS
 from .graph import Graph, Program
-from .limits import SPLIT_TOKENS, Limits
+from .limits import Limits
 from .op import Op
 from .ops import Append, Attend, ExpertLinear
 from .phases import Phase
@@ -80,8 +80,8 @@ def attend_splits(limits: Limits, window: int, bucket: str) -> int:
     """Partials kept per (row, head): one per split of the row's window when few rows share out the splits."""
     if bucket == "many":
         return 1
-    whole = -(-limits.context // SPLIT_TOKENS)
-    return min(whole, -(-window // SPLIT_TOKENS) + 1) if window else whole
+    whole = -(-limits.context // limits.split_tokens)
+    return min(whole, -(-window // limits.split_tokens) + 1) if window else whole
 
 
 def body_names(phase: Phase) -> tuple[str, ...]:

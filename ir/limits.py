@@ -14,7 +14,7 @@ from .errors import expect
 
 PAGE_TOKENS = 64  # tokens per KV page: one tile of every kernel
 PAGE_RUN = 4  # pages whose tiles of one head lie together: a stream that jumps every 32 KiB is 8 % slower
-SPLIT_TOKENS = 256  # tokens per attention split; fixed, so the order of sums depends on the position alone
+SPLIT_TOKENS = 256  # tokens per attention split where nobody chose; the order of sums depends on the position alone
 PARTIAL_HEADER = 16  # floats before an attention partial's outputs: maximum, sum, padding to a cache line
 STOP_TOKENS = 16  # stop tokens per slot
 DRAFTERS = ("ngram", "model")  # who guesses: the text so far, or a second model in the same step
@@ -28,7 +28,8 @@ class Limits:
 
     Up to `few_rows` rows a step repeats prologues in every worker and splits attention over the context;
     above it, prologues and attention are shared out by rows. `drafts`: how many tokens a step may guess and check
-    behind a slot's last one (`ir/drafting.py`), 0: none; `drafter`: who guesses them.
+    behind a slot's last one (`ir/drafting.py`), 0: none; `drafter`: who guesses them. `split_tokens`: of the context
+    in one split of attention, whole pages.
     """
 
     rows: int = 256
@@ -39,11 +40,16 @@ class Limits:
     kv_dtype: str = "bf16"
     drafts: int = 0
     drafter: str = "ngram"
+    split_tokens: int = SPLIT_TOKENS
 
     def __post_init__(self) -> None:
         for name in ("rows", "slots", "context", "outputs", "few_rows"):
             value = getattr(self, name)
             expect(value >= 1, f"limits: expected {name} >= 1, got {value}")
+        expect(
+            self.split_tokens >= PAGE_TOKENS and self.split_tokens % PAGE_TOKENS == 0,
+            f"limits: expected split_tokens a multiple of {PAGE_TOKENS}, got {self.split_tokens}",
+        )
         expect(self.few_rows <= 64, f"limits: expected few_rows <= 64, got {self.few_rows}")
         expect(self.kv_dtype in ("bf16", "f32"), f"limits: expected kv_dtype bf16 or f32, got {self.kv_dtype}")
         expect(self.drafter in DRAFTERS, f"limits: expected drafter {' or '.join(DRAFTERS)}, got {self.drafter}")

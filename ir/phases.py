@@ -25,7 +25,8 @@ class Phase:
 
     `layout` says how a phase with matrices cuts its outputs: `plain` tiles of 32, `heads` one unit per attention
     head, `pairs` 16 outputs of one matrix beside the same 16 of another (gate and up).
-    `unit` is the output rows of one tile (set by the tile pass; 0 before).
+    `unit` is the output rows of one tile (set by the tile pass; 0 before). `fetch` is how many bytes behind a load of
+    weights a processor prefetches, 0: as everywhere (set by the tile pass where it was chosen, ir/tuning.py).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Phase:
     epilogue: tuple[Op, ...]
     layout: str = "plain"
     unit: int = 0
+    fetch: int = 0
 
     @property
     def reads_matrix(self) -> bool:

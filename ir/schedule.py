@@ -20,6 +20,7 @@ from .limits import ALIGN, Limits
 from .op import Op
 from .ops import MatrixOp
 from .phases import Phase
+from .tuning import UNTUNED, Tuning
 from .types import Value
 
 BUCKETS = ("few", "many")
@@ -104,6 +105,7 @@ class Schedule:
     """A program (fused and tiled), who runs what, and where values live.
 
     `buffers` are keyed by (section, value) through `place`: values carried between sections are in section ``.
+    `tuning`: what was chosen for whoever runs it; the program holds what is a phase's own.
     """
 
     program: Program
@@ -112,6 +114,7 @@ class Schedule:
     workers: int
     sections: tuple[Section, ...]
     buffers: tuple[Buffer, ...] = ()
+    tuning: Tuning = UNTUNED
 
     def section(self, name: str) -> Section:
         return next(s for s in self.sections if s.name == name)

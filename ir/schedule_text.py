@@ -27,17 +27,20 @@ from typing import Any
 
 from lark import Lark, Token, Tree
 
-from .errors import CompileError, Span, nearest
+from .errors import CompileError, Span, UsageError, nearest
 from .graph import Program
 from .limits import Limits
 from .schedule import BUCKETS, LIVE, Buffer, Prefetch, Schedule, Section, Task
 from .text import parse_program, parse_tree, show, span_of
+from .tuning import CHOICES, Tuning
 
 
 def show_schedule(schedule: Schedule) -> str:
     """The text of a schedule and its program."""
     limits = " ".join(f"{k}={v}" for k, v in schedule.limits.as_dict().items())
     lines = [f"schedule {schedule.bucket} workers {schedule.workers} {{", f"  limits {limits}"]
+    if chosen := [f"{k}={v}" for k, v in schedule.tuning.values if " " not in k]:
+        lines.append(f"  choices {' '.join(chosen)}")
     lines += [_show_buffer(b) for b in schedule.buffers]
     for section in schedule.sections:
         lines += _show_section(section)
@@ -114,11 +117,23 @@ class _Reader:
         return span_of(self.text, self.file, token)
 
     def schedule(self, tree: Tree[Token], program: Program) -> Schedule:
-        bucket, workers, limits, *items = tree.children
+        bucket, workers, limits, choices, *items = tree.children
         self.known(bucket, BUCKETS)
         sections = tuple(self.section(t, int(workers), program) for t in _trees(items, "section"))  # type: ignore[arg-type]
         buffers = tuple(self.buffer(t) for t in _trees(items, "buffer"))
-        return Schedule(program, self.limits(limits), str(bucket), int(workers), sections, buffers)  # type: ignore[arg-type]
+        made, tuning = self.limits(limits), self.choices(choices)
+        return Schedule(program, made, str(bucket), int(workers), sections, buffers, tuning)  # type: ignore[arg-type]
+
+    def choices(self, tree: Any) -> Tuning:
+        if tree is None:
+            return Tuning()
+        names, values = tree.children[::2], tree.children[1::2]
+        for name in names:
+            self.known(name, CHOICES)
+        try:
+            return Tuning.of({str(n): int(v) for n, v in zip(names, values, strict=True)})
+        except UsageError as error:
+            raise CompileError(error.reasons, span=self.span(names[0])) from None
 
     def known(self, token: Any, words: Any) -> None:
         if str(token) not in words:

@@ -18,6 +18,7 @@ from .limits import ALIGN
 from .record import ARGS, END, FIELDS, MAX_WAITS, RECORD_WORDS
 from .schedule import PREVIOUS, Schedule, Section, Task
 from .stream import ChunkBlocks, chunk_count
+from .tuning import CHOICES
 from .types import CacheType
 
 __all__ = [
@@ -25,7 +26,8 @@ __all__ = [
     "WeightPlan", "cache_groups", "event_count", "lower",
 ]  # fmt: skip
 
-AHEAD_BYTES = 16 << 10  # per worker; measured on CPUs: enough to bridge a join, small against a core's L2 cache
+# Per worker; measured on CPUs: enough to bridge a join, small against a core's L2 cache.
+AHEAD_BYTES = CHOICES["ahead"].default
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def lower(
 ) -> np.ndarray:
     """int32 [workers, records, RECORD_WORDS]; `bodies` is keyed by (graph, phase, body).
 
-    ahead: bytes of the next weights that all workers together ask for before a join, at most; None: AHEAD_BYTES
-    each. chunk_blocks: of an executor that walks the weight stream (stream.py): records say where they are in it.
+    ahead: bytes of the next weights that all workers together ask for before a join, at most; None: what was chosen
+    for each, AHEAD_BYTES where nothing was. chunk_blocks: of an executor that walks the weight stream (stream.py):
+    records say where they are in it.
     Every worker's list ends with a record whose body is END.
     """
     asked = Asked(schedule, ahead)
@@ -113,7 +116,7 @@ class Asked:
     """How many bytes of its next weights each worker asks for: those who ask before one join share `ahead`."""
 
     def __init__(self, schedule: Schedule, ahead: int | None = None) -> None:
-        self._ahead = AHEAD_BYTES * schedule.workers if ahead is None else ahead
+        self._ahead = schedule.tuning["ahead"] // ALIGN * ALIGN * schedule.workers if ahead is None else ahead
         self._most: dict[tuple[str, str], int] = {}  # by section and event, '': what is first in the section
         for s in schedule.sections:
             sizes = {"": [head.size for head in s.heads if head]}

@@ -23,6 +23,7 @@ from .ops import OPS
 from .phases import Phase
 from .types import STATES, CacheType, StateType, TensorType, Type, Value
 
+TILED = ("unit", "fetch")  # what the tile pass sets
 GROUPS = ("prologue", "anchor", "epilogue")
 
 
@@ -53,7 +54,7 @@ def _show_graph(graph: Graph, pad: str) -> str:
 
 
 def _show_phase(phase: Phase, pad: str) -> list[str]:
-    settings = f"layout={phase.layout}" + (f", unit={phase.unit}" if phase.unit else "")
+    settings = f"layout={phase.layout}" + "".join(f", {n}={getattr(phase, n)}" for n in TILED if getattr(phase, n))
     lines = [f"{pad}phase {phase.name} {phase.anchor_kind}({settings}) {{"]
     for name in GROUPS:
         ops = getattr(phase, name)
@@ -177,8 +178,8 @@ class _Reader:
                 continue
             key, *values = item.children
             if item.data == "setting":
-                self.known_word(key, ("layout", "unit"))
-                settings[str(key)] = int(values[0]) if key == "unit" else str(values[0])
+                self.known_word(key, ("layout", *TILED))
+                settings[str(key)] = int(values[0]) if key in TILED else str(values[0])
             else:
                 self.known_word(key, GROUPS)
                 groups[str(key)] = tuple(self.statement(t, known) for t in values)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..ir.graph import Graph
 from ..ir.schedule import Schedule
+from ..ir.tuning import UNTUNED, Tuning
 from .allocate import allocate
 from .canonicalize import canonicalize
 from .fuse import fuse
@@ -24,9 +25,10 @@ from .tile import tile
 @dataclass(frozen=True)
 class Options:
     """What the user asked of the passes: `quant` is a scheme for all matrices, empty for formats as stored, or by
-    graph and weight one for each."""
+    graph and weight one for each; `tuning`: what was chosen for the machine."""
 
     quant: str | Mapping[str, Mapping[str, str]] = ""
+    tuning: Tuning = UNTUNED
 
     def schemes(self, graph: Graph) -> str | Mapping[str, str]:
         return self.quant if isinstance(self.quant, str) else self.quant[graph.name]
@@ -36,7 +38,7 @@ GRAPH_PASSES: tuple[tuple[str, Callable[[Graph, Options], Graph]], ...] = (
     ("canonicalize", lambda graph, options: canonicalize(graph)),
     ("quantize", lambda graph, options: quantize(graph, options.schemes(graph))),
     ("fuse", lambda graph, options: fuse(graph)),
-    ("tile", lambda graph, options: tile(graph)),
+    ("tile", lambda graph, options: tile(graph, options.tuning)),
 )
 SCHEDULE_PASSES: tuple[tuple[str, Callable[[Schedule], Schedule]], ...] = (
     ("prefetch", prefetch),

@@ -21,10 +21,13 @@ from ..ir.schedule import (
     parts,
     unit_bytes,
 )
+from ..ir.tuning import UNTUNED, Tuning
 from .repeat import repeated
 
 
-def schedule(program: Program, limits: Limits, bucket: str, workers: int) -> Schedule:
+def schedule(
+    program: Program, limits: Limits, bucket: str, workers: int, tuning: Tuning = UNTUNED
+) -> Schedule:
     """Cut each phase's weight bytes evenly over the workers; drains take every W-th tile.
 
     In the `few` bucket each worker that has tiles packs the activations for itself, and every worker does the work
@@ -37,7 +40,7 @@ def schedule(program: Program, limits: Limits, bucket: str, workers: int) -> Sch
         _section(g, bucket, workers, {p for name, p in own if name == g.name}, g is program.entry)
         for g in program.graphs
     ]
-    return Schedule(program, limits, bucket, workers, tuple(sections))
+    return Schedule(program, limits, bucket, workers, tuple(sections), tuning=tuning)
 
 
 def _section(graph: Graph, bucket: str, workers: int, own: set[str], first: bool) -> Section:

@@ -103,8 +103,10 @@ class Artifact:
         )
 
     def pick_threads(self, threads: int | None = None) -> int:
-        """A worker count that has a task table: the one asked for, or the most this machine has cores for."""
-        known = self.manifest.threads
+        """A worker count with a task table: the one asked for or tuned to, or the most this machine has cores for."""
+        known, tuned = self.manifest.threads, self.manifest.tuned_threads
+        if threads is None and tuned in known and tuned <= host.cores():
+            return tuned
         if threads is not None:
             if threads not in known:
                 raise UsageError(

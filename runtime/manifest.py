@@ -98,6 +98,13 @@ class Manifest:
         found = (re.fullmatch(r"tables/([1-9]\d{0,4})\.npy", name) for name in self.files)
         return tuple(sorted(int(m[1]) for m in found if m))
 
+    @property
+    def tuned_threads(self) -> int:
+        """The worker count that tuning chose for a processor; 0: none did."""
+        tuned = self.raw.get("tuned", {})
+        found = (tuned.get(t.name, {}).get("applied", {}).get("threads", 0) for t in self.targets)
+        return next((n for n in found if isinstance(n, int) and n), 0)
+
     @classmethod
     def parse(cls, data: bytes, place: str) -> Manifest:
         """Read and check; LoadError names every field that is not as expected."""

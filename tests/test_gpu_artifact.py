@@ -85,7 +85,7 @@ def test_machines_of_an_architecture_share_its_code(
     gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[tuple[int, str]] = []
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-3:-1], compiled))
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[3:5], compiled))
     request = Request(gpu_artifact[0], tmp_path / "a", "l4,rtx4090,sm_80", Limits(**small.GPU_LIMITS))
     seen: list[str] = []
     compile_model(request, progress=lambda name, seconds, detail: seen.append(name))
@@ -115,7 +115,7 @@ def fake_kernel(arch: int, bucket: str, compiled: list[tuple[int, str]] | None =
 def test_one_that_does_not_compile_is_named_and_nothing_is_read_or_left(
     gpu_artifact: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(text: str, limits: Limits, names: tuple[str, ...], arch: int, bucket: str, ring: Any) -> Kernel:
+    def broken(text: str, limits: Limits, names: tuple[str, ...], arch: int, bucket: str, *how: Any) -> Kernel:
         if arch == 80 and bucket == "few":
             raise CompileError("sm_80: Triton could not compile the step: too sad")
         much = {"shared": 1 << 20, "registers": 200, "warps": 16}
@@ -167,19 +167,19 @@ def test_the_kernel_does_not_depend_on_the_process_that_made_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
-    first = compile_apart(TEXT, Limits(), ["kv0"], 90, "few", (3, 1024))
+    first = compile_apart(TEXT, Limits(), ["kv0"], 90, "few", (3, 1024), 8)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    assert compile_apart(TEXT, Limits(), ["kv0"], 90, "few", (3, 1024)) == first
+    assert compile_apart(TEXT, Limits(), ["kv0"], 90, "few", (3, 1024), 8) == first
     assert first.arch == "sm_90a"
     assert first.cubin[:4] == b"\x7fELF"
 
 
 def test_errors_of_the_other_process_come_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompileError, match="sm_80: Triton could not compile the step"):
-        compile_apart(TEXT.replace("tl.load(table)", "tl.lode(table)"), Limits(), ["kv0"], 80, "few", (3, 1024))
+        compile_apart(TEXT.replace("tl.load(table)", "tl.lode(table)"), Limits(), ["kv0"], 80, "few", (3, 1024), 8)
     with pytest.raises(HostError, match=r"sm_80: expected a kernel, got a compiler process that ended with 7"):
-        compile_apart("import os\nos._exit(7)", Limits(), ["kv0"], 80, "few", (3, 1024))
+        compile_apart("import os\nos._exit(7)", Limits(), ["kv0"], 80, "few", (3, 1024), 8)
 
 
 def test_a_dump_has_both_sources_and_a_schedule_of_another_machine_is_refused(
@@ -205,7 +205,7 @@ def test_a_configuration_alone_compiles_without_weights(
     model = tmp_path / "bare"
     model.mkdir()
     shutil.copy(gpu_artifact[0] / "config.json", model)
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-3:-1]))
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[3:5]))
     request = Request(model, tmp_path / "a", "sm_90", Limits(**small.GPU_LIMITS))
     with pytest.raises(LoadError, match=r"expected \*\.safetensors, got none"):
         compile_model(request)
@@ -227,7 +227,7 @@ def test_no_tensor_is_read_without_weights_and_the_artifact_is_not_run(
         model = tmp_path / "bare"
         model.mkdir()
         shutil.copy(gpu_artifact[0] / "config.json", model)
-    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[-3:-1]))
+    monkeypatch.setattr(gpu_module, "compile_apart", lambda *job: fake_kernel(*job[3:5]))
     request = Request(model, tmp_path / "a", "sm_90,cpu", Limits(**small.GPU_LIMITS), (2,), "int4", pack=False)
     compile_imported(unreadable(model), request)
     artifact = Artifact.open(tmp_path / "a")

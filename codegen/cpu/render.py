@@ -20,7 +20,6 @@ from ...ir.limits import (
     PAGE_RUN,
     PAGE_TOKENS,
     PARTIAL_HEADER,
-    SPLIT_TOKENS,
     STOP_TOKENS,
     Limits,
     kv_tile_bytes,
@@ -35,7 +34,7 @@ from ...ir.types import OUTPUTS, Value
 from ..rendering import Bodies, render_bodies, template
 from . import emit
 from .experts import experts_fields
-from .units import STEP, TEMPLATES, kernel_units, unit
+from .units import STEP, TEMPLATES, definitions, kernel_units, phase_fetch, unit
 
 HEAD_DIM_MAX = 256  # of the attention kernel's stack buffers
 C_TYPES = {"int32": "int32_t", "uint32": "uint32_t", "uint64": "uint64_t", "float32": "float"}
@@ -60,6 +59,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
     vocab = program.logits.tensor.width
     step = unit(
         "step.cpp.j2",
+        definitions(limits, one.tuning),
         version=__version__,
         program=program,
         level=level,
@@ -73,7 +73,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
         align=ALIGN,
         page_tokens=PAGE_TOKENS,
         page_run=PAGE_RUN,
-        split_tokens=SPLIT_TOKENS,
+        split_tokens=limits.split_tokens,
         partial_header=PARTIAL_HEADER,
         head_dim_max=HEAD_DIM_MAX,
         max_events=max(event_count(s) for s in schedules.values()),
@@ -88,7 +88,7 @@ def render_step(schedules: Mapping[str, Schedule], level: int) -> Source:
             for f in state_fields(limits, vocab, len(groups), program.routing)
         ],
     )
-    return Source({STEP: step, **kernel_units(program, limits)}, bodies)
+    return Source({STEP: step, **kernel_units(program, limits, one.tuning)}, bodies)
 
 
 def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args) -> str:
@@ -103,7 +103,8 @@ def _body_text(limits: Limits, graph: Graph, phase: Phase, name: str, args: Args
             part = part_of(phase, name)
             fields = experts_fields(phase, part, numbers, stored(graph, phase))
             count = _row_count(part[0].operands[0])
-            return str(template(TEMPLATES, "experts.cpp.j2").render(**common, **fields, row_count=count))
+            more = {"row_count": count, "fetch": phase_fetch(phase)}
+            return str(template(TEMPLATES, "experts.cpp.j2").render(**common, **fields, **more))
         case "rows":
             return _rows(graph, phase, numbers, common)
         case "attend":
@@ -185,6 +186,7 @@ def _linear(graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str,
             **common,
             ops=[str(op) for op in (*part, *ops)],
             format=emit.format_struct(weight.dtype),
+            fetch=phase_fetch(phase),
             k_padded=padded(weight.width),
             unit=phase.unit,
             width=unit_rows(phase, part),

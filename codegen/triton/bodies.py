@@ -14,7 +14,6 @@ from ...ir.limits import (
     ALIGN,
     PAGE_RUN,
     PARTIAL_HEADER,
-    SPLIT_TOKENS,
     STOP_TOKENS,
     Limits,
     kv_tile_bytes,
@@ -89,7 +88,7 @@ class BodyRenderer:
         x, kind = phase.anchor[0].operands[0], name.removeprefix("pack.")
         read = [x, *(v for op in phase.prologue for v in op.operands)]
         attended = next((op for v in read if isinstance(op := graph.producer(v), Attend)), None)
-        emitter = RowEmitter(phase.prologue, attended, numbers)
+        emitter = RowEmitter(phase.prologue, attended, numbers, self.limits.split_tokens)
         if len(x.tensor.shape) == 3:
             anchor = phase.anchor[0]
             assert isinstance(anchor, ExpertLinear)
@@ -202,7 +201,7 @@ class BodyRenderer:
                 page_run=PAGE_RUN,
                 partial_floats=partial_floats(cache.head_dim),
                 partial_header=PARTIAL_HEADER,
-                split_tokens=SPLIT_TOKENS,
+                split_tokens=self.limits.split_tokens,
                 q_stride=padded(op.q.tensor.width),
                 scale=repr(op.scale * LOG2E),
                 softcap=repr(op.softcap),

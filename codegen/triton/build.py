@@ -21,15 +21,16 @@ from typing import Any
 from ...ir.errors import CompileError, HostError
 from ...ir.limits import Limits
 from ...ir.record import RECORD_WORDS
+from ...ir.tuning import CHOICES
 
-WARPS = 8
+WARPS = CHOICES["warps"].default
 REGISTERS = 255  # a thread's limit on every architecture we know; one CTA of 256 threads may use them all
 # What depends on the thread's number alone leaves the table loop and would be held, or spilled, all along it.
 # The variable takes names of any LLVM switches, for Triton to turn on.
 LLVM_SWITCHES = {"DISABLE_LLVM_OPT": "sink-insts-to-avoid-spills"}
 OPTIONS = {"num_stages": 3, "maxnreg": REGISTERS, "launch_cooperative_grid": True}
 SHELF_BYTES = 4 * 4 * RECORD_WORDS  # of shared memory, the last: four records of the task table
-MOST_STAGES = 8  # chunks in the ring, at most
+MOST_STAGES = CHOICES["ring"].default  # chunks in the ring, at most
 RING_BYTES = 152 << 10  # what of shared memory the ring may take: the rest is the L1 cache
 OWN_BYTES = 40 << 10  # what Triton takes itself, at most, where the ring is sized
 KV_TYPES = {"bf16": "*bf16", "f32": "*fp32"}
@@ -68,9 +69,12 @@ def signature(limits: Limits, kv_names: Sequence[str]) -> dict[str, str]:
     return {**pointers, **kv, "stream": "*i64", "records": "i32", "chunks": "i32"}
 
 
-def stages(slot_bytes: int, shared_bytes: int) -> int:
-    """Chunks in the ring of a machine with so much shared memory per block. CompileError if it has no room for two."""
-    found = min(min(shared_bytes - OWN_BYTES - SHELF_BYTES, RING_BYTES) // slot_bytes, MOST_STAGES)
+def stages(slot_bytes: int, shared_bytes: int, most: int = MOST_STAGES) -> int:
+    """Chunks, `most` of them at most, in the ring of a machine with so much shared memory per block.
+
+    CompileError if it has no room for two.
+    """
+    found = min(min(shared_bytes - OWN_BYTES - SHELF_BYTES, RING_BYTES) // slot_bytes, most)
     if found < 2:
         raise CompileError(
             f"expected {OWN_BYTES + SHELF_BYTES + 2 * slot_bytes} bytes of shared memory per block, got {shared_bytes}"

@@ -19,7 +19,8 @@ WORD = 4
 HALF_WORDS = 16  # a row each
 # Of integer codes in a chunk of the weight stream: a quad of rows of a block per thread. Twice as many were 7 % slower
 # on an H200; two chunks must fit into 100 KB beside what Triton takes, so formats of more bytes have half as many.
-CHUNK_BLOCKS, CHUNK_BYTES = 32, 28 << 10
+CHUNK_BYTES = 28 << 10
+LEAST_BLOCKS = 16  # a superblock of 256 k twice
 CHUNK_GROUPS = 4  # of lines, in a dense format's chunk: 16 bytes of each per thread
 PANEL_WORDS = 12  # of 32 int8 activations: 8 words of codes, scale, sums of each 16 codes, scale times sum
 
@@ -91,10 +92,9 @@ class Reader:
         """How many words after that block `n` has scales for itself."""
         return f"{n} % {self.blocks} * {self.own_step}"
 
-    @property
-    def chunk_blocks(self) -> int:
-        whole = WORD * CHUNK_BLOCKS // self.blocks * self.super_words
-        return CHUNK_BLOCKS if whole <= CHUNK_BYTES else CHUNK_BLOCKS // 2
+    def chunk_blocks(self, most: int) -> int:
+        whole = WORD * most // self.blocks * self.super_words
+        return most if whole <= CHUNK_BYTES or most <= LEAST_BLOCKS else most // 2
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class DenseReader:
         """Words of 32 k of a tile."""
         return BLOCK_K // self.line_k * self.words
 
-    @property
-    def chunk_blocks(self) -> int:
+    def chunk_blocks(self, most: int) -> int:
+        """Of a dense format as many as its threads read at once, whatever was chosen."""
         return CHUNK_GROUPS * self.lines * self.line_k // BLOCK_K
 
 

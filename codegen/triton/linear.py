@@ -16,8 +16,8 @@ from ...ir.bodies import UNIT_ROWS
 from ...ir.formats import FORMATS
 from ...ir.limits import Limits
 from ...ir.schedule import STRATEGIES
+from ...ir.tuning import UNTUNED, Tuning
 from ..rendering import template
-from .build import WARPS
 from .dots import PANEL, QUAD, Ahead, Dots, load_asm, scale_names, word_names
 from .formats import (
     CHUNK_GROUPS,
@@ -56,10 +56,13 @@ def tile_rows(bucket: str, limits: Limits) -> int:
     return PART_ROWS if min(limits.few_rows, limits.rows) <= PART_ROWS else FEW_ROWS
 
 
-def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapping[str, Any], drafter: bool) -> str:
+def linear_text(
+    name: str, bucket: str, matrices: Sequence[Matrix], common: Mapping[str, Any], drafter: bool, chunk: int
+) -> str:
     """What runs the matrices of format `name` in a bucket, on its `core_text`; `common` is what all templates get.
 
-    drafter: whether a second model's rows come behind, in a step that may have no outputs.
+    drafter: whether a second model's rows come behind, in a step that may have no outputs. chunk: blocks of 32 k in a
+    chunk of the weight stream at most.
     """
     fmt, mine = reader(name), [m for m in matrices if m.format == name]
     strategy = STRATEGIES[bucket]
@@ -75,7 +78,7 @@ def linear_text(name: str, bucket: str, matrices: Sequence[Matrix], common: Mapp
             streamed=strategy == "vector",
             rows_at=rows,
             passes_by=drafter and bool(outputs) and strategy == "vector",
-            chunk_blocks=fmt.chunk_blocks,
+            chunk_blocks=fmt.chunk_blocks(chunk),
             tile_words=tile_words_text(fmt),
             row_scale=row_scale_text(fmt),
             plain=[m for m in mine if not m.heads],
@@ -129,7 +132,7 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> str:
+def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool, tuning: Tuning = UNTUNED) -> str:
     """The functions that multiply one packed tile of a format with up to `rows` rows in a bucket.
 
     In the bucket that walks the weight stream: of tiles that are `streamed`, and of experts', `held` in registers.
@@ -146,7 +149,7 @@ def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> 
         "fmt": fmt,
         "tile_rows": rows,
         "panel_words": PANEL_WORDS,
-        "warps": WARPS,
+        "warps": tuning["warps"],
         "quad": QUAD,
     }
     if isinstance(fmt, DenseReader):
@@ -161,7 +164,7 @@ def core_text(name: str, bucket: str, rows: int, streamed: bool, held: bool) -> 
         }
     elif strategy == "vector":
         values |= {
-            "chunk_blocks": fmt.chunk_blocks,
+            "chunk_blocks": fmt.chunk_blocks(tuning["chunk"]),
             "held": Ahead(fmt) if held else None,
             "found": ", ".join([*(f"dots{p}" for p in range(len(fmt.scale))), *(s.name for s in fmt.scales)]),
             "variants": [Variant(f"{n}_{fmt.name}", count, rows, kind, fmt) for n, count, kind in names],

@@ -10,6 +10,7 @@ from ...ir.bodies import part_of
 from ...ir.graph import Program
 from ...ir.limits import Limits
 from ...ir.schedule import part_weight
+from ...ir.tuning import Tuning
 from ...ir.types import OUTPUTS
 from ..rendering import Bodies, BodyText
 from .experts import Experts, Places, Router, experts_body, experts_text, route_text
@@ -50,6 +51,7 @@ class Products:
     places: Places
     expert_places: Places
     common: dict[str, Any]
+    tuning: Tuning
 
     def texts(self, bucket: str, matrices: Sequence[Matrix], experts: Sequence[Experts]) -> Iterator[str]:
         """The functions of a bucket, format by format."""
@@ -57,10 +59,10 @@ class Products:
         rows = tile_rows(bucket, self.limits)
         common = self.common | {"tile_rows": rows}
         for name in streamed | held:
-            yield core_text(name, bucket, rows, name in streamed, name in held)
+            yield core_text(name, bucket, rows, name in streamed, name in held, self.tuning)
             if name in streamed:
                 fields = common | {"common": self.places}
-                yield linear_text(name, bucket, matrices, fields, self.limits.has_draft_model)
+                yield linear_text(name, bucket, matrices, fields, self.limits.has_draft_model, self.tuning["chunk"])
             if name in held and self.router:
                 fields = common | {"at": self.expert_places}
                 layer_words = self.limits.rows * self.router.choices

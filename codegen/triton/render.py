@@ -27,7 +27,7 @@ from ...ir.stream import PIECE, SIZE_BITS
 from ...ir.table import FIELDS, RECORD_WORDS, CacheGroup, cache_groups, event_count
 from ..rendering import Bodies, BodyText, render_bodies, template
 from .bodies import BodyRenderer
-from .build import MOST_STAGES, SHELF_BYTES, WARPS
+from .build import MOST_STAGES, SHELF_BYTES
 from .experts import Experts, find_router
 from .formats import PANEL_WORDS, WORD, reader
 from .linear import FEW_ROWS, TEMPLATES, Matrix
@@ -54,6 +54,8 @@ class Source:
     control_words: int
     chunk_blocks: dict[str, int]  # most blocks in a chunk of the weight stream, by weight format
     slot_bytes: int  # a place in the ring: the largest chunk of the weight stream, and one of its entries
+    warps: int
+    ring: int  # chunks in the ring at most
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Renderer:
         self.kv_names = tuple(f"kv{i}" for i in range(len(self.groups)))
         self.bodies = BodyRenderer(self.program, self.limits, self.state, self.kv_names)
         self.router = find_router(self.program)
-        self.chunk_blocks = _chunk_blocks(self.program)
+        self.tuning = one.tuning
+        self.chunk_blocks = _chunk_blocks(self.program, self.tuning["chunk"])
         sizes = [packed_body_bytes(FORMATS[name], BLOCK_K * n) for name, n in self.chunk_blocks.items()]
         self.slot_bytes = padded(max(sizes) + PIECE, ALIGN)
         expect(
@@ -91,7 +94,7 @@ class Renderer:
         listed, bodies = render_bodies(self.schedules, self.bodies.text, "#")
         matrices, experts = find_bodies(self.program, listed, bodies)
         places, common = (self.bodies.places, self.bodies.expert_places), self.bodies.common({})
-        products = Products(self.limits, self.router, *places, common)
+        products = Products(self.limits, self.router, *places, common, self.tuning)
         text = template(TEMPLATES, "step.py.j2").render(
             program=self.program,
             version=__version__,
@@ -112,7 +115,8 @@ class Renderer:
         )
         ast.parse(text)
         words = EVENTS + EVENT_STRIDE * self.events
-        return Source(text, bodies, self.kv_names, words, self.chunk_blocks, self.slot_bytes)
+        return Source(text, bodies, self.kv_names, words, self.chunk_blocks, self.slot_bytes,
+                      self.tuning["warps"], self.tuning["ring"])  # fmt: skip
 
     def _cases(
         self, bucket: str, listed: Sequence[BodyText], matrices: Sequence[Matrix], experts: Sequence[Experts]
@@ -156,8 +160,8 @@ class Renderer:
             shelf_bytes=SHELF_BYTES,
             size_bits=SIZE_BITS,
             piece=PIECE,
-            fetch_bytes=32 * WARPS * PIECE,
-            fetches=-(-self.slot_bytes // (32 * WARPS * PIECE)),
+            fetch_bytes=32 * self.tuning["warps"] * PIECE,
+            fetches=-(-self.slot_bytes // (32 * self.tuning["warps"] * PIECE)),
             slot_bytes=self.slot_bytes,
             most_stages=MOST_STAGES,
             passes_by=self.limits.has_draft_model,
@@ -183,11 +187,11 @@ class Renderer:
         return PAGE_RUN * len(group.layers) * group.type.kv_heads * size // kv_element(self.limits)
 
 
-def _chunk_blocks(program: Program) -> dict[str, int]:
+def _chunk_blocks(program: Program, most: int) -> dict[str, int]:
     """Most blocks of 32 k in a chunk of the weight stream, by weight format."""
     phases = (phase for graph in program.graphs for phase in graph.phases if phase.anchor_kind == "linear")
     names = dict.fromkeys(op.operands[1].tensor.dtype for phase in phases for op in phase.anchor)
-    return {name: reader(name).chunk_blocks for name in names}
+    return {name: reader(name).chunk_blocks(most) for name in names}
 
 
 def kv_element(limits: Limits) -> int:

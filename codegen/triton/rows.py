@@ -47,12 +47,14 @@ PANEL_TYPES = {"q8": "tl.int32", "bf16": "tl.bfloat16", "f32": "tl.float32"}
 class RowEmitter:
     """Statements for `row`; values are tiles [chunk] at indices `k`, zero where not `inside` the width.
 
-    `attended` is the attention whose partials a row folds, with its arguments' places.
+    `attended` is the attention whose partials a row folds, with its arguments' places; `split`: tokens
+    of one.
     """
 
-    def __init__(self, ops: tuple[Op, ...], attended: Attend | None = None, numbers: dict[str, int] | None = None):
+    def __init__(self, ops: tuple[Op, ...], attended: Attend | None = None, numbers: dict[str, int] | None = None,
+                 split: int = SPLIT_TOKENS):  # fmt: skip
         self.producer = {op.out.name: op for op in ops}
-        self.attended, self.numbers = attended, numbers or {}
+        self.attended, self.numbers, self.split = attended, numbers or {}, split
         self.norms: dict[str, str] = {}
         self.lines: list[str] = []
         self.made: dict[str, str] = {}
@@ -183,7 +185,7 @@ class RowEmitter:
             f"window = word(record, {ARGS + self.numbers['window']})",
             "position = tl.load(state + ROW_POSITION + row)",
             "lowest = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0)",
-            f"count = tl.where(splits == 1, 1, position // {SPLIT_TOKENS} + 1 - lowest // {SPLIT_TOKENS})",
+            f"count = tl.where(splits == 1, 1, position // {self.split} + 1 - lowest // {self.split})",
         ]
 
     def _fold(self, op: Attend, tile: str) -> list[str]:

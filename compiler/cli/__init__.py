@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ... import __version__
-from . import bench, check, compile, evaluate, inspect, talk, targets
+from . import autotune, bench, check, compile, evaluate, inspect, talk, targets
 from .failure import report
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ def _options(
 
 
 app.command("compile", rich_help_panel="Make")(compile.command)
+app.command("autotune", rich_help_panel="Make")(autotune.command)
 app.command("run", rich_help_panel="Use")(talk.run)
 app.command("chat", rich_help_panel="Use")(talk.chat)
 app.command("inspect", rich_help_panel="Look inside")(inspect.command)

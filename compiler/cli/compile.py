@@ -12,6 +12,7 @@ from ...ir.limits import Limits, decode_rows, most_drafts
 from .words import MODEL_HELP, Json, PassLines, human_int, note, positive, print_json, speculation, thread_list
 
 if TYPE_CHECKING:
+    from ...ir.tuning import Tuning
     from ..driver import Request
     from ..lowering import Dump
 
@@ -76,6 +77,14 @@ def command(
         str, typer.Option(metavar="N,N,..", help="Thread counts to compile for", show_default="1,2,4,8,16 and all",
                           rich_help_panel=LIMITS)
     ] = "",
+    tune: Annotated[
+        str, typer.Option(metavar="cached|none|FILE", help="Choices to compile with: those `autotune` found, the "
+                          "defaults, or a .json of choices and values")
+    ] = "cached",
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write report.html and timelines for ui.perfetto.dev",
+                                  rich_help_panel=INSIDE)
+    ] = None,
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the text after every pass", rich_help_panel=INSIDE)
     ] = None,
@@ -103,7 +112,7 @@ def command(
     gpus = parse_targets(target, tuple(target_file or ())).gpus
     if speculate == "auto" and gpus:
         speculate = "off"
-    limits = _limits(rows, slots, context, outputs, kv_dtype, speculate)
+    limits = limits_of(rows, slots, context, outputs, kv_dtype, speculate)
     limits = with_fewest_rows(limits) if gpus else limits
     path = find_model(model)
     request = Request(
@@ -120,13 +129,26 @@ def command(
         pack=weights,
         draft=draft_model(speculate),
         target_files=tuple(target_file or ()),
+        tuning=_tuning(tune),
+        tune=tune,
         window=window or 0,
         sinks=sinks,
     )
-    _compile(request, texts, json)
+    _compile(request, texts, json, report)
 
 
-def _compile(request: Request, dump: Dump, json: bool) -> None:
+def _tuning(tune: str) -> Tuning | None:
+    """What a file says; None: the database or the defaults."""
+    from ...ir.tuning import Tuning
+    from ...models.json_file import read_json
+
+    if not tune.endswith(".json"):
+        _one_of("--tune", tune, ("cached", "none"))
+        return None
+    return Tuning.of(read_json(Path(tune)))
+
+
+def _compile(request: Request, dump: Dump, json: bool, report: Path | None) -> None:
     from ..driver import compile_model
 
     seconds: dict[str, float] = {}
@@ -149,6 +171,11 @@ def _compile(request: Request, dump: Dump, json: bool) -> None:
     from ..report import overview, summary_lines
 
     found = overview(Artifact.open(made), read_bandwidth())
+    if report is not None:
+        from ..reports.page import write_report
+
+        found["report"] = str(write_report(Artifact.open(made), report, seconds, found["read_gbps"]))
+        note(f"report     {found['report']}")
     if json:
         print_json({"artifact": str(made), "seconds": seconds, **found})
         return
@@ -176,7 +203,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"{option}: expected one of {listed}, got `{value}`", hint=nearest(value, known))
 
 
-def _limits(
+def limits_of(
     rows: int, slots: int, context: int | None, outputs: int | None, kv_dtype: str, speculate: str
 ) -> Limits:
     from ...runtime.speculate import parse_speculate

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bodies import part_epilogue, part_of, sample_scratch_bytes
 from ..graph import Graph
-from ..limits import SPLIT_TOKENS, Limits, partial_floats
+from ..limits import Limits, partial_floats
 from ..op import Op
 from ..ops import Append, Attend, ElementwiseOp, Linear, MatrixOp, Select
 from ..phases import Phase
@@ -211,8 +211,9 @@ class Call:
             lo, hi = self._span(row, self.args["window"])
             sinks = min(op.kv.cache.sinks, lo) if split == 0 else 0
             if splits > 1:
-                base = (lo // SPLIT_TOKENS + split) * SPLIT_TOKENS
-                lo, hi = max(lo, base), min(hi, base + SPLIT_TOKENS)
+                size = self.limits.split_tokens
+                base = (lo // size + split) * size
+                lo, hi = max(lo, base), min(hi, base + size)
             if lo < hi:
                 at = np.r_[0:sinks, lo:hi]
                 self._partial(op, queries[row], partials[row, :, split], head, row, at)
@@ -234,10 +235,10 @@ class Call:
         """Finished attention [rows, heads * head_dim] from partials, splits in order."""
         d = op.kv.cache.head_dim
         partials = self._partials(op, self.args[op.out.name])
-        out = torch.empty(len(partials), op.out.tensor.width)
+        out, size = torch.empty(len(partials), op.out.tensor.width), self.limits.split_tokens
         for row, of_row in enumerate(partials):
             lo, hi = self._span(row, self.args["window"])
-            live = of_row[:, : (hi - 1) // SPLIT_TOKENS - lo // SPLIT_TOKENS + 1]
+            live = of_row[:, : (hi - 1) // size - lo // size + 1]
             top = live[..., :1].amax(1, keepdim=True)
             take = torch.exp(live[..., :1] - top)
             total = (live[..., 1:2] * take).sum(1)

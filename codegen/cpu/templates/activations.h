@@ -29,7 +29,8 @@ inline F gelu_tanh(F x) {
 inline F softcap(F x, float cap) { return f_mul(f_set1(cap), tanh16(f_div(x, f_set1(cap)))); }
 
 // Rows go through the matrices in blocks, so that a tile's weights are used from the L1 cache.
-constexpr int BLOCK_ROWS = 32, BLOCK_PANELS = BLOCK_ROWS / PANEL_BODY;
+constexpr int BLOCK_ROWS = OL_BLOCK, BLOCK_PANELS = BLOCK_ROWS / PANEL_BODY;
+static_assert(BLOCK_ROWS % PANEL_BODY == 0 && BLOCK_ROWS > PANEL_MAX, "tuning: a block must be whole panels");
 
 inline int block_panels(int rows) {
   return rows <= PANEL_MAX ? (rows > 0) : (rows + PANEL_BODY - 1) / PANEL_BODY;

@@ -3,8 +3,8 @@
 // In a cache tile scores and outputs are the same walk: step down the rows of a part and multiply each row by
 // one broadcast lane, of the query in K (lanes are tokens), of the probabilities in V (lanes are dims).
 //
-// Softmax is online and in base 2: queries arrive multiplied by softmax_scale * log2(e). A split is 256
-// tokens at a multiple of 256; each split starts afresh and is folded into the query's partial from left
+// Softmax is online and in base 2: queries arrive multiplied by softmax_scale * log2(e). A split is SPLIT_TOKENS
+// at a multiple of SPLIT_TOKENS; each split starts afresh and is folded into the query's partial from left
 // to right. No result depends on which queries share a pass, nor on which worker computes which split
 // (build with -ffp-contract=off).
 //

@@ -2,9 +2,10 @@
 // (units/attend.cpp.j2).
 #pragma once
 #include "attend_partial.h"
+#include "tuning.h"
 
-constexpr int SPLIT_TOKENS = 256;
-constexpr int AHEAD = 2048;  // bytes between a load and the prefetch beside it
+constexpr int SPLIT_TOKENS = OL_SPLIT;
+constexpr int AHEAD = OL_CACHE_FETCH;  // bytes between a load and the prefetch beside it
 
 struct Query {
   const float* x;  // [head_dim], times softmax_scale * log2(e)

@@ -10,7 +10,6 @@
 #include "linear_tile.h"
 
 constexpr int LINE = 64;
-constexpr int PREFETCH_AHEAD = 1024;                   // bytes
 constexpr int HALVES_AT_ONCE = OL_LEVEL == 2 ? 2 : 1;  // AVX2 has registers for one
 
 // The same pointer, to a value the compiler knows nothing about.
@@ -19,11 +18,11 @@ OL_INLINE const uint8_t* opaque(const uint8_t* p) {
   return p;
 }
 
-// Every other line: a sign for the processor's own prefetcher, which brings the rest. Measured on Zen 4: all lines, into
+// FETCH bytes behind what is read (ir/tuning.py). Every other line: a sign for the processor's own prefetcher, which brings the rest. Measured on Zen 4: all lines, into
 // L1 or further ahead, are 10 to 40 % slower, none at all up to 10 %.
-template <int BYTES>
+template <int BYTES, int FETCH>
 OL_INLINE void prefetch_ahead(const uint8_t* w) {
-  OL_UNROLL for (int line = 0; line < BYTES; line += 2 * LINE) prefetch_l2(w + PREFETCH_AHEAD + line);
+  OL_UNROLL for (int line = 0; line < BYTES; line += 2 * LINE) prefetch_l2(w + FETCH + line);
 }
 
 // x times N: by shifts, as N has few bits.
@@ -112,14 +111,14 @@ OL_INLINE void block_q8(const uint8_t* w, const uint8_t* lead, int b, const Q8Pa
       }
 }
 
-template <class Fmt, int M>
+template <class Fmt, int M, int FETCH>
 OL_INLINE void tile_q8(const uint8_t* w, int K, const uint8_t* panel, F (*acc)[M]) {
   constexpr int SUPER_BYTES = Fmt::LEAD_BYTES + Fmt::BLOCKS * Fmt::BLOCK_BYTES;
   Q8Panel<M> x(panel, K);
   for (int k = 0; k < K; k += BLOCK_K * Fmt::BLOCKS, w += SUPER_BYTES) {
     for (int b = 0; b < Fmt::BLOCKS; ++b, x.next_block()) {
       const uint8_t* block = w + Fmt::LEAD_BYTES + b * Fmt::BLOCK_BYTES;
-      prefetch_ahead<Fmt::BLOCK_BYTES>(block);
+      prefetch_ahead<Fmt::BLOCK_BYTES, FETCH>(block);
       OL_UNROLL for (int first = 0; first < 2; first += HALVES_AT_ONCE)
         block_q8<Fmt, M, HALVES_AT_ONCE>(block, w, b, x, first, acc);
     }
@@ -127,7 +126,7 @@ OL_INLINE void tile_q8(const uint8_t* w, int K, const uint8_t* panel, F (*acc)[M
 }
 
 // Each block of 32 k has sums of its own: chains of additions that the processor overlaps.
-template <class Fmt, int M>
+template <class Fmt, int M, int FETCH>
 OL_INLINE void tile_dense(const uint8_t* w, int K, const uint8_t* x, F (*acc)[M]) {
   constexpr int STEPS = BLOCK_K / Fmt::STEP_K, X_STEP = M * act_row_bytes(Fmt::ACT, Fmt::STEP_K);
   [[maybe_unused]] const uint8_t* scales = w + body_bytes<Fmt>(K);
@@ -136,7 +135,7 @@ OL_INLINE void tile_dense(const uint8_t* w, int K, const uint8_t* x, F (*acc)[M]
     OL_UNROLL for (int h = 0; h < 2; ++h)
       OL_UNROLL for (int m = 0; m < M; ++m) sum[h][m] = f_zero();
     OL_UNROLL for (int step = 0; step < STEPS; ++step, w += Fmt::STEP_BYTES, x += X_STEP) {
-      prefetch_ahead<Fmt::STEP_BYTES>(w);
+      prefetch_ahead<Fmt::STEP_BYTES, FETCH>(w);
       OL_UNROLL for (int h = 0; h < 2; ++h) {
         auto weights = Fmt::load(w, h);
         OL_UNROLL for (int m = 0; m < M; ++m) sum[h][m] = Fmt::mac(sum[h][m], weights, x, m, M);
@@ -154,14 +153,14 @@ OL_INLINE void tile_dense(const uint8_t* w, int K, const uint8_t* x, F (*acc)[M]
 }
 
 // One tile against one panel of M rows: y[m * ldy + 0..31].
-template <class Fmt, int M>
+template <class Fmt, int M, int FETCH>
 void tile_rows(const uint8_t* w, int K, const uint8_t* panel, float* y, size_t ldy) {
   F acc[2][M];
   OL_UNROLL for (int m = 0; m < M; ++m) acc[0][m] = acc[1][m] = f_zero();
   if constexpr (Fmt::ACT == Act::Q8)
-    tile_q8<Fmt, M>(w, K, panel, acc);
+    tile_q8<Fmt, M, FETCH>(w, K, panel, acc);
   else
-    tile_dense<Fmt, M>(w, K, panel, acc);
+    tile_dense<Fmt, M, FETCH>(w, K, panel, acc);
   if constexpr (Fmt::ROW_SCALE)
     OL_UNROLL for (int h = 0; h < 2; ++h) {
       F scale = f_load((const float*)(w + body_bytes<Fmt>(K)) + 16 * h);
@@ -174,17 +173,17 @@ void tile_rows(const uint8_t* w, int K, const uint8_t* panel, float* y, size_t l
 }
 
 // The same for a panel of 1 <= rows <= M.
-template <class Fmt, int M = PANEL_MAX>
+template <class Fmt, int FETCH, int M = PANEL_MAX>
 OL_INLINE void tile_panel(int rows, const uint8_t* w, int K, const uint8_t* panel, float* y, size_t ldy) {
-  if (rows == M) return tile_rows<Fmt, M>(w, K, panel, y, ldy);
-  if constexpr (M > 1) tile_panel<Fmt, M - 1>(rows, w, K, panel, y, ldy);
+  if (rows == M) return tile_rows<Fmt, M, FETCH>(w, K, panel, y, ldy);
+  if constexpr (M > 1) tile_panel<Fmt, FETCH, M - 1>(rows, w, K, panel, y, ldy);
 }
 
-template <class Fmt>
+template <class Fmt, int FETCH>
 void tile(const uint8_t* w, int K, const uint8_t* act, int R, float* y, size_t ldy) {
   for (int r = 0, rows; r < R; r += rows) {
     rows = panel_rows(R, r);
-    tile_panel<Fmt>(rows, w, K, act + r * act_row_bytes(Fmt::ACT, K), y + r * ldy, ldy);
+    tile_panel<Fmt, FETCH>(rows, w, K, act + r * act_row_bytes(Fmt::ACT, K), y + r * ldy, ldy);
   }
 }
 

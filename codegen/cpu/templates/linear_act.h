@@ -8,9 +8,11 @@
 #include <cmath>
 
 #include "linear_dense.h"
+#include "tuning.h"
 
-constexpr int PANEL_MAX = OL_LEVEL == 2 ? 6 : 2;   // rows that the registers hold
-constexpr int PANEL_BODY = OL_LEVEL == 2 ? 4 : 2;  // rows per panel once one panel is not enough
+constexpr int PANEL_USUAL = OL_LEVEL == 2 ? 6 : 2;  // rows that the registers hold
+constexpr int PANEL_MAX = OL_PANEL > PANEL_USUAL ? OL_PANEL : PANEL_USUAL;
+constexpr int PANEL_BODY = OL_PANEL ? OL_PANEL : OL_LEVEL == 2 ? 4 : 2;  // rows per panel once one is not enough
 
 constexpr int pad_k(int K) { return (K + BLOCK_K - 1) / BLOCK_K * BLOCK_K; }
 

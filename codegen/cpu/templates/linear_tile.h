@@ -3,7 +3,8 @@
 #include "linear_act.h"
 
 // One tile against R activation rows, packed by pack_act<Fmt::ACT>: y[m * ldy + 0..31].
-template <class Fmt>
+// FETCH: bytes from a load of weights to the prefetch beside it.
+template <class Fmt, int FETCH = OL_FETCH>
 void tile(const uint8_t* w, int K, const uint8_t* act, int R, float* y, size_t ldy);
 
 // Row `row` of a packed matrix as f32, exactly as formats.decode has it; K padded to 32.
