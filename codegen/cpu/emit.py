@@ -174,8 +174,13 @@ def combine(op: Attend, target: str, index: str, args: dict[str, int]) -> list[s
     ]
 
 
-def lane_epilogue(phase: Phase, part: tuple[Op, ...], ops: tuple[Op, ...], stored: set[str]) -> list[str]:
-    """Epilogue of plain and paired tiles: values stay in registers, 16 columns at a time."""
+def lane_epilogue(
+    phase: Phase, part: tuple[Op, ...], ops: tuple[Op, ...], stored: set[str], past_caches: bool = False
+) -> list[str]:
+    """Epilogue of plain and paired tiles: values stay in registers, 16 columns at a time.
+
+    past_caches: what is kept goes straight to memory, and stays in `out`.
+    """
     paired = len(part) == 2
     registers = {op.out.name: ident(op.out.name) for op in (*part, *ops)}
     column = f"u * {phase.unit} + c"
@@ -191,7 +196,9 @@ def lane_epilogue(phase: Phase, part: tuple[Op, ...], ops: tuple[Op, ...], store
     for op in (*part, *ops):
         if op.out.name in stored:
             place = f"{ident('out.' + op.out.name)} + size_t(row) * {stride(op.out)} + {column}"
-            lines.append(f"  f_store({place}, {registers[op.out.name]});")
+            lines.append(f"  {'f_stream' if past_caches else 'f_store'}({place}, {registers[op.out.name]});")
+            if past_caches:
+                lines.append(f"  f_store(out + c, {registers[op.out.name]});")
     return [*lines, "}"]
 
 

@@ -169,13 +169,11 @@ def _linear(graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str,
     if phase.layout == "heads":
         lines = emit.head_epilogue(phase, part, ops, kept, numbers.get("group", 0))
     else:
-        lines = emit.lane_epilogue(phase, part, ops, kept)
+        lines = emit.lane_epilogue(phase, part, ops, kept, "maxima" in numbers)
     if "maxima" in numbers:
         vocab = part[0].out.tensor.width
         valid = f"{vocab} - u * 32 < 32 ? {vocab} - u * 32 : 32"
-        row = f"(size_t(row) * {padded(vocab)} + u * 32)"
-        logits = emit.ident(f"out.{next(n for n in numbers if n.startswith('out.'))[4:]}")
-        lines.append(f"maxima[size_t(row) * {padded(vocab) // 32} + u] = tile_max({logits} + {row}, {valid});")
+        lines.append(f"maxima[size_t(row) * {padded(vocab) // 32} + u] = tile_max(out, {valid});")
     pointers = [n for n in numbers if n not in ("weight", "panel", "group", "maxima", "unit")]
     declarations = [emit.declare(n, numbers[n]) for n in pointers]
     if "maxima" in numbers:
@@ -193,6 +191,7 @@ def _linear(graph: Graph, phase: Phase, part: tuple[Op, ...], numbers: dict[str,
             row_count=_row_count(part[0].out),
             declarations=declarations,
             statements=lines,
+            past_caches="maxima" in numbers,
         )
     )
 

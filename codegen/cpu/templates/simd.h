@@ -5,6 +5,8 @@
 // OL_LEVEL picks the body: 2 = AVX-512 (VNNI, BF16), 1 = AVX2 + FMA + F16C, 0 = GCC vector extensions only.
 // The three levels return the same bits, except for f_to_bf16 and f_bfdot of subnormals and the order of
 // the additions inside f_bfdot. This holds only under -ffp-contract=off: GCC contracts even intrinsics.
+//
+// f_stream stores past the caches, to a multiple of 64 bytes; f_stream_end before other threads may look.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -13,6 +13,11 @@ OL_INLINE void f_store(float* p, F a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
 }
+OL_INLINE void f_stream(float* p, F a) {
+  _mm256_stream_ps(p, a.lo);
+  _mm256_stream_ps(p + 8, a.hi);
+}
+OL_INLINE void f_stream_end() { _mm_sfence(); }
 OL_INLINE F f_set1(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
 OL_INLINE F f_add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 OL_INLINE F f_sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }

@@ -6,6 +6,8 @@ typedef __m512i I;
 
 OL_INLINE F f_load(const float* p) { return _mm512_loadu_ps(p); }
 OL_INLINE void f_store(float* p, F a) { _mm512_storeu_ps(p, a); }
+OL_INLINE void f_stream(float* p, F a) { _mm512_stream_ps(p, a); }
+OL_INLINE void f_stream_end() { _mm_sfence(); }
 OL_INLINE F f_set1(float a) { return _mm512_set1_ps(a); }
 OL_INLINE F f_add(F a, F b) { return _mm512_add_ps(a, b); }
 OL_INLINE F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }

@@ -21,6 +21,8 @@ OL_INLINE V load_as(const void* p) {
 
 OL_INLINE F f_load(const float* p) { return load_as<F>(p); }
 OL_INLINE void f_store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+OL_INLINE void f_stream(float* p, F a) { f_store(p, a); }
+OL_INLINE void f_stream_end() {}
 OL_INLINE I i_set1(int32_t a) { return I{a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a}; }
 OL_INLINE F f_set1(float a) { return F{a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a}; }
 OL_INLINE F f_add(F a, F b) { return a + b; }
