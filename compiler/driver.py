@@ -23,7 +23,7 @@ from ..passes import GRAPH_PASSES, PIPELINE, Options
 from ..passes.policy import Policy, expect_matches, parse_policy, schemes, split_kinds
 from ..passes.quantize import CALIBRATED, FLOATS, quantize
 from .emit import Emission
-from .gpu import refuse_formats
+from .gpu.compile import refuse_formats
 from .lowering import (
     Dump,
     Lowered,
@@ -258,7 +258,7 @@ def quantized(program: Program, quant: str) -> Program:
 
 def calibrate(imported: Imported, quant: str, text: Path, progress: Progress) -> Imported:
     """The same model with the weights that the text chose for what `--quant` asks of them (calibrate.py)."""
-    from .calibrate import calibrated, read_pieces
+    from .quality.calibrate import calibrated, read_pieces
 
     texts = read_pieces(imported.checkpoint, text)
     return calibrated(imported, quantized(imported.program, quant), quant_policy(quant, text).scheme, texts, progress)

@@ -17,7 +17,7 @@ from ..ir.limits import Limits
 from ..ir.schedule import BUCKETS
 from ..models.importer import Imported
 from .artifact import ArtifactFolder, manifest
-from .gpu import SOURCE, GpuCode, add_target, compile_bucket, render_gpu, usage_line
+from .gpu.compile import SOURCE, GpuCode, add_target, compile_bucket, render_gpu, usage_line
 from .lowering import Dump, Lowered, Progress
 from .native import NativeCode, build_native, render_native
 from .target_list import GpuTarget, Targets

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..ir.errors import CompileError, UsageError, nearest
 from .build import LEVELS, Level, host_level
-from .machines import Machine, machine_for, machines
+from .gpu.machines import Machine, machine_for, machines
 
 HOST = ("auto", "cpu")  # the best level of this machine
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from onelaunch.compiler.check.reference_weights import ReferenceWeights
+from onelaunch.compiler.check.verify import closeness
 from onelaunch.compiler.driver import Request, compile_imported
-from onelaunch.compiler.reference_weights import ReferenceWeights
-from onelaunch.compiler.verify import closeness
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.model_text import parse_model
 from onelaunch.ir.reference import ReferenceModel, RowBatch

@@ -14,7 +14,7 @@ SCHEMES = {  # what --quant names
     "int4": "q4_0", "int8": "q8_0", "bf16": "bf16", "nvfp4": "nvfp4", "mxfp4": "mxfp4", "fp8": "fp8",
     "gptq-int4": "q4_0", "gptq-nvfp4": "nvfp4", "gptq-mxfp4": "mxfp4",
 }  # fmt: skip
-CALIBRATED = "gptq-"  # how schemes begin whose values compiler/calibrate.py chooses by a text; formats are as without
+CALIBRATED = "gptq-"  # how schemes begin whose values a text chooses (compiler/quality/calibrate.py)
 FLOATS = ("f32", "f16", "bf16")
 
 

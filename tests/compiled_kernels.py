@@ -13,7 +13,7 @@ import torch
 
 from onelaunch.codegen.triton.build import Kernel, compile_kernel, stages
 from onelaunch.codegen.triton.render import render_kernel
-from onelaunch.compiler.machines import machine_for
+from onelaunch.compiler.gpu.machines import machine_for
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.formats import FORMATS, Format
 from onelaunch.ir.limits import Limits

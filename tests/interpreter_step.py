@@ -13,7 +13,7 @@ from interpreter import load_interpreted
 from interpreter_grid import launch
 
 from onelaunch.codegen.triton.render import STREAMED, Source, render_kernel
-from onelaunch.compiler.reference_weights import ReferenceWeights
+from onelaunch.compiler.check.reference_weights import ReferenceWeights
 from onelaunch.compiler.weights import pack_one, packed_weights, weight_plan
 from onelaunch.ir.formats import FORMATS, Format, decode, planes, quantize
 from onelaunch.ir.graph import Graph, Program

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from onelaunch.compiler.driver import Request, compile_model
-from onelaunch.compiler.report import overview, phases, summary_lines
+from onelaunch.compiler.reports.artifact import overview, phases, summary_lines
 from onelaunch.ir.errors import LoadError, OnelaunchError
 from onelaunch.ir.limits import Limits
 from onelaunch.models.checkpoint import TokenizerFiles

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from onelaunch.compiler import driver, evaluate, sensitivity
+from onelaunch.compiler import driver
+from onelaunch.compiler.check.reference_weights import ReferenceWeights
 from onelaunch.compiler.cli import main
-from onelaunch.compiler.perplexity import Tally, windows
-from onelaunch.compiler.reference_weights import ReferenceWeights
+from onelaunch.compiler.quality import evaluate, sensitivity
+from onelaunch.compiler.quality.perplexity import Tally, windows
 from onelaunch.ir.errors import HostError, UsageError
 from onelaunch.ir.reference import ReferenceModel, RowBatch
 from onelaunch.models.importer import import_checkpoint
@@ -215,7 +216,7 @@ def test_a_checkpoint_that_is_quantized_already_is_not_quantized_twice(monkeypat
 def test_a_disk_too_small_for_the_reference_is_told_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onelaunch.compiler import scoring
+    from onelaunch.compiler.quality import scoring
 
     monkeypatch.setattr(scoring.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000}))
     with pytest.raises(HostError, match=r"expected 0\.4 GB for the reference's logits, got 0\.0 GB free"):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from moe_checkpoints import ROUTERS, as_gguf, other_router, to_mxfp4
 
+from onelaunch.compiler.check.reference_weights import ReferenceWeights
+from onelaunch.compiler.check.verify import verify_artifact
 from onelaunch.compiler.driver import Request, compile_imported
-from onelaunch.compiler.reference_weights import ReferenceWeights
-from onelaunch.compiler.verify import verify_artifact
 from onelaunch.compiler.weights import pack_one, packed_weights
 from onelaunch.ir.errors import LoadError
 from onelaunch.ir.limits import Limits

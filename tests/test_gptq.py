@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from onelaunch.compiler import driver
-from onelaunch.compiler.calibrate import pieces
-from onelaunch.compiler.layerwise import LayerRun
-from onelaunch.compiler.perplexity import Tally
-from onelaunch.compiler.reference_weights import ReferenceWeights
-from onelaunch.compiler.text_file import checkpoint_tokenizer
-from onelaunch.compiler.verify import verify_artifact
+from onelaunch.compiler.check.reference_weights import ReferenceWeights
+from onelaunch.compiler.check.verify import verify_artifact
+from onelaunch.compiler.quality.calibrate import pieces
+from onelaunch.compiler.quality.layerwise import LayerRun
+from onelaunch.compiler.quality.perplexity import Tally
+from onelaunch.compiler.quality.text_file import checkpoint_tokenizer
 from onelaunch.ir.errors import CompileError, UsageError
 from onelaunch.ir.formats import FORMATS, decode, quantize
 from onelaunch.ir.gptq import gptq, inverse_factor

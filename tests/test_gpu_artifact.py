@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from onelaunch.codegen.triton.build import Kernel
-from onelaunch.compiler import gpu as gpu_module
 from onelaunch.compiler.driver import Request, compile_imported, compile_model
-from onelaunch.compiler.gpu import misfits, refuse_formats
-from onelaunch.compiler.gpu_process import compile_apart
+from onelaunch.compiler.gpu.compile import compile as gpu_module
+from onelaunch.compiler.gpu.compile import misfits, refuse_formats
+from onelaunch.compiler.gpu.machines import machine_for
+from onelaunch.compiler.gpu.process import compile_apart
 from onelaunch.compiler.lowering import Dump
-from onelaunch.compiler.machines import machine_for
 from onelaunch.compiler.target_list import parse_targets
 from onelaunch.ir.errors import CompileError, HostError, LoadError
 from onelaunch.ir.limits import Limits

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from onelaunch.compiler import report
 from onelaunch.compiler.cli import main
+from onelaunch.compiler.reports import artifact as report
 from onelaunch.ir.schedule_text import parse_schedule, show_schedule
 from onelaunch.runtime import Artifact
 from onelaunch.tests import small

@@ -11,9 +11,9 @@ from compiled_kernels import DENSE, MIXED, MOE, compiled_step, each, group
 
 from onelaunch.codegen.triton.build import OWN_BYTES, SHELF_BYTES, compile_kernel, stages
 from onelaunch.codegen.triton.render import render_kernel
-from onelaunch.compiler.kernel_report import body_formats, budget, only, problems, report
-from onelaunch.compiler.machines import machine_for
-from onelaunch.compiler.sync_lint import lint
+from onelaunch.compiler.gpu.kernel_report import body_formats, budget, only, problems, report
+from onelaunch.compiler.gpu.machines import machine_for
+from onelaunch.compiler.gpu.sync_lint import lint
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.tests.tiny import tiny

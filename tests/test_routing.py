@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from onelaunch.compiler.reference_weights import ReferenceWeights
-from onelaunch.compiler.routing_report import hit_rates, read_routing
+from onelaunch.compiler.check.reference_weights import ReferenceWeights
+from onelaunch.compiler.reports.routing import hit_rates, read_routing
 from onelaunch.ir.errors import LoadError, UsageError
 from onelaunch.ir.ops.experts import chosen
 from onelaunch.ir.reference import KvCache, RowBatch, evaluate_all

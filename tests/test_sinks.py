@@ -18,7 +18,7 @@ import transformers
 from compiled_kernels import checkpoint, group, limits
 
 from onelaunch.compiler.driver import Request, compile_model
-from onelaunch.compiler.report import overview, summary_lines
+from onelaunch.compiler.reports.artifact import overview, summary_lines
 from onelaunch.ir.errors import UsageError
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.schedule import BUCKETS

@@ -9,11 +9,11 @@ from itertools import pairwise
 
 import pytest
 
-from onelaunch.compiler.machines import machine_for
-from onelaunch.compiler.step_ahead import Ahead
-from onelaunch.compiler.step_model import model, share
-from onelaunch.compiler.step_work import Cost
-from onelaunch.compiler.timeline import trace
+from onelaunch.compiler.gpu.machines import machine_for
+from onelaunch.compiler.gpu.step_ahead import Ahead
+from onelaunch.compiler.gpu.step_model import model, share
+from onelaunch.compiler.gpu.step_work import Cost
+from onelaunch.compiler.gpu.timeline import trace
 from onelaunch.compiler.weights import packed_weights
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.schedule import packed_name, parts

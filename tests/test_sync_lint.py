@@ -6,7 +6,7 @@ import planted
 import pytest
 from compiled_kernels import compiled_step, group
 
-from onelaunch.compiler.sync_lint import lint, parse
+from onelaunch.compiler.gpu.sync_lint import lint, parse
 
 pytestmark = group("qwen3")
 

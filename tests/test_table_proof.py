@@ -9,7 +9,7 @@ import pytest
 
 from onelaunch.codegen.cpu.render import render_step
 from onelaunch.codegen.triton.render import render_kernel
-from onelaunch.compiler.table_proof import AT, joins, reading_faults
+from onelaunch.compiler.check.table_proof import AT, joins, reading_faults
 from onelaunch.compiler.weights import packed_weights, weight_plan
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.ir.table import END, lower

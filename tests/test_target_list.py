@@ -8,7 +8,7 @@ import pytest
 
 from onelaunch.compiler.build import host_level
 from onelaunch.compiler.driver import Request, request_targets
-from onelaunch.compiler.machines import TARGETS
+from onelaunch.compiler.gpu.machines import TARGETS
 from onelaunch.compiler.target_list import parse_targets
 from onelaunch.ir.errors import UsageError
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch.compiler import machines as registry
-from onelaunch.compiler.machines import (
+from onelaunch.compiler.gpu.compile import machines as registry
+from onelaunch.compiler.gpu.machines import (
     ARCHES,
     CONFIDENCE,
     EXTRA,

@@ -17,7 +17,7 @@ import pytest
 from interpreter_memory import Fault
 from interpreter_step import InterpretedStep, fused, random_model, schedules, set_rows, start_slot
 
-from onelaunch.compiler.rounding import rounded_program
+from onelaunch.compiler.check.rounding import rounded_program
 from onelaunch.ir.limits import Limits
 from onelaunch.ir.reference import ReferenceModel, RowBatch, Slot
 from onelaunch.ir.sampling import Sampling

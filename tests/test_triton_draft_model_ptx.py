@@ -6,9 +6,9 @@ import pytest
 from compiled_kernels import CompiledStep, group
 from emulated import PROMPT, EmulatedStep, cpu_text, emulator
 
-from onelaunch.compiler.kernel_report import body_formats, problems, report
-from onelaunch.compiler.machines import machine_for
-from onelaunch.compiler.sync_lint import lint
+from onelaunch.compiler.gpu.kernel_report import body_formats, problems, report
+from onelaunch.compiler.gpu.machines import machine_for
+from onelaunch.compiler.gpu.sync_lint import lint
 from onelaunch.ir.schedule import BUCKETS
 from onelaunch.tests.compiled import ArtifactCache
 

@@ -11,7 +11,7 @@ from interpreter_lockstep import Lockstep
 from interpreter_step import random_model
 from test_triton_bodies import LIMITS, check
 
-from onelaunch.compiler.sync_lint import lint
+from onelaunch.compiler.gpu.sync_lint import lint
 from onelaunch.models.window import with_window
 from onelaunch.tests.compiled import ArtifactCache
 from onelaunch.tests.test_sinks import PLAIN

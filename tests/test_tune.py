@@ -13,9 +13,9 @@ import pytest
 
 from onelaunch.compiler import driver
 from onelaunch.compiler.build import LEVELS, host_level
-from onelaunch.compiler.machines import machine_for
-from onelaunch.compiler.report import tuned_words
-from onelaunch.compiler.step_work import Cost
+from onelaunch.compiler.gpu.machines import machine_for
+from onelaunch.compiler.gpu.step_work import Cost
+from onelaunch.compiler.reports.artifact import tuned_words
 from onelaunch.compiler.tune import database, lookup, modelled
 from onelaunch.compiler.tune.database import Entry, find, read, write
 from onelaunch.compiler.tune.session import subject

@@ -16,30 +16,30 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from ..codegen.cpu.render import render_step
-from ..ir.access import stored
-from ..ir.bodies import attend_splits
-from ..ir.graph import Graph, Program
-from ..ir.limits import PAGE_RUN, PAGE_TOKENS, PARTIAL_HEADER, partial_floats
-from ..ir.op import Op
-from ..ir.ops import Append, Attend, MatrixOp
-from ..ir.phases import STATE_WRITERS, Phase
-from ..ir.reference import KvCache, RowBatch
-from ..ir.schedule import BUCKETS, Schedule, panel_kind
-from ..ir.table import END, FIELDS, cache_groups, lower
-from ..ir.types import OUTPUTS, CacheType, TensorType, Value
-from ..runtime import Artifact
-from ..runtime.cache import Cache, page_counts
-from ..runtime.cpu import CpuBackend
-from ..runtime.memory import Memory
-from .artifact import stack_tables
-from .driver import silent
-from .lowering import Dump, lower_program
+from ...codegen.cpu.render import render_step
+from ...ir.access import stored
+from ...ir.bodies import attend_splits
+from ...ir.graph import Graph, Program
+from ...ir.limits import PAGE_RUN, PAGE_TOKENS, PARTIAL_HEADER, partial_floats
+from ...ir.op import Op
+from ...ir.ops import Append, Attend, MatrixOp
+from ...ir.phases import STATE_WRITERS, Phase
+from ...ir.reference import KvCache, RowBatch
+from ...ir.schedule import BUCKETS, Schedule, panel_kind
+from ...ir.table import END, FIELDS, cache_groups, lower
+from ...ir.types import OUTPUTS, CacheType, TensorType, Value
+from ...runtime import Artifact
+from ...runtime.cache import Cache, page_counts
+from ...runtime.cpu import CpuBackend
+from ...runtime.memory import Memory
+from ..artifact import stack_tables
+from ..driver import silent
+from ..lowering import Dump, lower_program
+from ..reports.artifact import sources
+from ..weights import packed_weights, weight_plan
 from .reference_weights import ReferenceWeights
-from .report import sources
 from .rounding import has_bf16_dot, rounded
 from .verify import Check, closeness
-from .weights import packed_weights, weight_plan
 
 # Most relative error of a phase by its anchor: an int8 code that rounds the other way costs the matrix behind it up
 # to 2e-3; attention reads queries and probabilities as bf16 when the cache is.

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ..ir.formats import FORMATS, decode
-from ..ir.graph import Program
-from ..models.importer import Imported
-from .weights import read_rows, read_vector
+from ...ir.formats import FORMATS, decode
+from ...ir.graph import Program
+from ...models.importer import Imported
+from ..weights import read_rows, read_vector
 
 KEEP_BYTES = 4 << 30  # of decoded weights kept between uses
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..ir.graph import Graph, Program
-from ..ir.op import Op
-from ..ir.ops import ExpertLinear, Linear, MatrixOp
-from ..ir.schedule import panel_kind
-from ..ir.types import Value
-from ..passes.policy import split_kinds
-from ..runtime.manifest import Target
+from ...ir.graph import Graph, Program
+from ...ir.op import Op
+from ...ir.ops import ExpertLinear, Linear, MatrixOp
+from ...ir.schedule import panel_kind
+from ...ir.types import Value
+from ...passes.policy import split_kinds
+from ...runtime.manifest import Target
 
 
 def has_bf16_dot(target: Target) -> bool:

@@ -13,10 +13,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..ir.bodies import all_bodies, part_of
-from ..ir.limits import ALIGN
-from ..ir.schedule import Schedule, packed_name, part_experts, part_units, parts, unit_bytes
-from ..ir.table import ARGS, END, FIELDS, Body, WeightPlan
+from ...ir.bodies import all_bodies, part_of
+from ...ir.limits import ALIGN
+from ...ir.schedule import Schedule, packed_name, part_experts, part_units, parts, unit_bytes
+from ...ir.table import ARGS, END, FIELDS, Body, WeightPlan
 
 Bodies = Mapping[tuple[str, str, str], Body]
 AT = {name: i for i, name in enumerate(FIELDS)}

@@ -4,7 +4,7 @@ The reference is `ir/reference.py` in float32 over the checkpoint's weights, dec
 holds them in. Four checks, each with limits that are stated here and printed:
 
     weights  every packed byte is what packing the checkpoint gives
-    phases   each phase of each layer, given the inputs the compiled step gave it (compiler/phase_check.py)
+    phases   each phase of each layer, given the inputs the compiled step gave it (compiler/check/phases.py)
     logits   of the prompt's last token and of every generated one: their error, by cosine and relative root mean
              square, may not exceed what rounding activations by design costs (a second reference says how much)
     tokens   greedy ones equal the reference's wherever its two best logits are further apart than that rounding
@@ -24,20 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..ir.errors import LoadError, UsageError
-from ..ir.graph import Program
-from ..ir.reference import ReferenceModel, RowBatch
-from ..ir.text import show
-from ..models.drafter import with_drafter
-from ..models.importer import Imported, import_checkpoint
-from ..models.open import open_checkpoint
-from ..passes.quantize import CALIBRATED
-from ..runtime import Artifact, Model, load
-from .calibrate import calibrated, read_pieces
+from ...ir.errors import LoadError, UsageError
+from ...ir.graph import Program
+from ...ir.reference import ReferenceModel, RowBatch
+from ...ir.text import show
+from ...models.drafter import with_drafter
+from ...models.importer import Imported, import_checkpoint
+from ...models.open import open_checkpoint
+from ...passes.quantize import CALIBRATED
+from ...runtime import Artifact, Model, load
+from ..quality.calibrate import calibrated, read_pieces
+from ..reports.artifact import fused_program, ir_text
+from ..weights import pack_one, packed_weights, weight_plan
 from .reference_weights import ReferenceWeights
-from .report import fused_program, ir_text
 from .rounding import has_bf16_dot, rounded_program
-from .weights import pack_one, packed_weights, weight_plan
 
 COSINE = 0.98  # least cosine of any row of logits
 EXCESS = 1.5  # times the error of rounding by design that the mean error may reach
@@ -115,7 +115,7 @@ def verify_artifact(
         progress(f"{len(ids)} prompt tokens, {tokens} generated ones")
         checks += _check_tokens(loaded, (imported.program, design), weights, ids, tokens)
     if phases:
-        from .phase_check import check_phases
+        from .phases import check_phases
 
         progress("phases")
         checks.append(check_phases(artifact, program, weights, ids))

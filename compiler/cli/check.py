@@ -29,8 +29,8 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare an artifact with the float32 reference over the same weights"""
+    from ..check.verify import verify_artifact
     from ..ondemand import find_artifact, find_model
-    from ..verify import verify_artifact
 
     paths = find_artifact(artifact, "verify"), find_model(model)
     drafter = find_model(draft) if draft else None

@@ -103,7 +103,7 @@ def command(
     _one_of("--kv-dtype", kv_dtype, KV)
     counts = thread_list(threads) if threads else ()
     from ..driver import Request
-    from ..gpu import with_fewest_rows
+    from ..gpu.compile import with_fewest_rows
     from ..lowering import Dump
     from ..ondemand import draft_model, find_model
     from ..target_list import parse_targets
@@ -168,7 +168,7 @@ def _compile(request: Request, dump: Dump, json: bool, report: Path | None) -> N
         return
     from ...runtime.artifact import Artifact
     from ..doctor import read_bandwidth
-    from ..report import overview, summary_lines
+    from ..reports.artifact import overview, summary_lines
 
     found = overview(Artifact.open(made), read_bandwidth())
     if report is not None:

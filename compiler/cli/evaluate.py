@@ -11,7 +11,7 @@ from ...ir.errors import UsageError, nearest
 from .words import Device, Json, note, positive, print_json
 
 if TYPE_CHECKING:
-    from ..evaluate import Asked
+    from ..quality.evaluate import Asked
 
 RULE, SENSITIVITY = "Rule", "Sensitivity"
 BY = ("tensor", "name", "layer")
@@ -64,8 +64,8 @@ def command(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Perplexity on a text, and divergence from the unquantized model, by format"""
-    from ..evaluate import Asked
     from ..ondemand import find_model
+    from ..quality.evaluate import Asked
 
     quants = tuple(name for given in quant or () for name in given.split(",") if name)
     reference = find_model(against) if against else None
@@ -80,7 +80,7 @@ def command(
 
 
 def _evaluate(asked: Asked, json: bool) -> None:
-    from ..evaluate import evaluate
+    from ..quality.evaluate import evaluate
 
     found = evaluate(asked, note)
     if json:
@@ -102,8 +102,8 @@ def _evaluate(asked: Asked, json: bool) -> None:
 
 
 def _sensitivity(asked: Asked, by: str, policy: Path | None, better: str, json: bool) -> None:
-    from ..evaluate import rank
-    from ..sensitivity import policy_text
+    from ..quality.evaluate import rank
+    from ..quality.sensitivity import policy_text
 
     if by not in BY:
         raise UsageError(f"--by: expected one of {', '.join(BY)}, got `{by}`", hint=nearest(by, BY))

@@ -59,9 +59,9 @@ def command(
     if len(chosen) > 1:
         raise UsageError(f"inspect: expected one view, got {', '.join('--' + c for c in chosen)}")
     from ...runtime.artifact import Artifact
-    from .. import report
-    from ..gpu_report import find_target
+    from ..gpu.report import find_target
     from ..ondemand import find_artifact
+    from ..reports import artifact as report
     from .inspect_gpu import VIEWS, show
 
     opened = Artifact.open(find_artifact(artifact, "inspect"))
@@ -91,7 +91,7 @@ def command(
 
 
 def routing_report(path: Path | None) -> list[dict[str, Any]]:
-    from ..routing_report import hit_rates, read_routing
+    from ..reports.routing import hit_rates, read_routing
 
     assert path is not None
     return hit_rates(read_routing(path))
@@ -104,7 +104,7 @@ def _bandwidth(given: float | None) -> float:
 
 
 def _overview(artifact: Artifact, gbps: float, json: bool) -> None:
-    from .. import report
+    from ..reports import artifact as report
 
     found = report.overview(artifact, gbps)
     if json:

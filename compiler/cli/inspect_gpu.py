@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ...ir.errors import UsageError
-from .. import gpu_report
-from ..gpu_report import GpuView
-from ..report import queue
+from ..gpu import report as gpu_report
+from ..gpu.report import GpuView
+from ..reports.artifact import queue
 from .tables import Asked, table, texts
 from .words import print_json
 

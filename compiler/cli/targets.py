@@ -23,7 +23,7 @@ def command(
     json: Json = False,
 ) -> None:
     """List the GPUs we have data for: names that `compile --target` takes"""
-    from ..machines import details, machine_for, machines, table
+    from ..gpu.machines import details, machine_for, machines, table
 
     known = machines(tuple(target_file or ()))
     rows = details(machine_for(name, known)) if name else table(known)

@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from ..codegen.triton.build import REGISTERS, Kernel, stages
-from ..codegen.triton.formats import READERS
-from ..codegen.triton.linear import PART_ROWS
-from ..codegen.triton.render import STREAMED, Source, render_kernel
-from ..ir.errors import CompileError
-from ..ir.graph import Program
-from ..ir.limits import Limits
-from ..ir.stream import streams
-from ..ir.table import WeightPlan, lower
-from .artifact import ArtifactFolder, stack_tables
-from .gpu_process import compile_apart
-from .lowering import Lowered
+from ...codegen.triton.build import REGISTERS, Kernel, stages
+from ...codegen.triton.formats import READERS
+from ...codegen.triton.linear import PART_ROWS
+from ...codegen.triton.render import STREAMED, Source, render_kernel
+from ...ir.errors import CompileError
+from ...ir.graph import Program
+from ...ir.limits import Limits
+from ...ir.stream import streams
+from ...ir.table import WeightPlan, lower
+from ..artifact import ArtifactFolder, stack_tables
+from ..lowering import Lowered
+from ..target_list import GpuTarget
 from .machines import Machine
-from .target_list import GpuTarget
+from .process import compile_apart
 
 SOURCE = "kernels/triton/step.py"
 BLOCK_THREADS = 1024  # CUDA's limit

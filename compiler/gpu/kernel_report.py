@@ -14,10 +14,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..codegen.triton.build import REGISTERS, Kernel
-from ..ir.formats import FORMATS
-from ..ir.graph import Program
-from ..ir.schedule import part_name, part_weight, parts
+from ...codegen.triton.build import REGISTERS, Kernel
+from ...ir.formats import FORMATS
+from ...ir.graph import Program
+from ...ir.schedule import part_name, part_weight, parts
 from .machines import Machine
 from .sass import Instruction, Loop, disassemble
 

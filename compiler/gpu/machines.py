@@ -25,11 +25,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..ir.errors import CompileError, nearest
-from ..ir.formats import FORMATS
-from .toml_file import read_toml
+from ...ir.errors import CompileError, nearest
+from ...ir.formats import FORMATS
+from ..toml_file import read_toml
 
-TARGETS = Path(__file__).parent / "targets"
+TARGETS = Path(__file__).parent.parent / "targets"
 ARCHES = "arches.toml"
 EXTRA = "ONELAUNCH_TARGETS"  # folders or files, separated as in $PATH
 ISSUE_LANES = 128  # thread-instructions an SM issues per clock: 4 schedulers x 32 lanes, sm_80 to sm_121

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..codegen.triton.build import Kernel, compile_kernel
-from ..ir.errors import CompileError, HostError, OnelaunchError
-from ..ir.limits import Limits
+from ...codegen.triton.build import Kernel, compile_kernel
+from ...ir.errors import CompileError, HostError, OnelaunchError
+from ...ir.limits import Limits
 
 COMPILE_SECONDS = 900
 JOB, RESULT, CUBIN = "job.json", "result.json", "step.cubin"

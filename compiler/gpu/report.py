@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ..codegen.triton.build import Kernel, run_tool
-from ..ir.errors import HostError, UsageError, nearest
-from ..ir.schedule import BUCKETS, Schedule
-from ..ir.table import FIELDS
-from ..passes import SCHEDULE_PASSES, schedule
-from ..runtime.artifact import Artifact
+from ...codegen.triton.build import Kernel, run_tool
+from ...ir.errors import HostError, UsageError, nearest
+from ...ir.schedule import BUCKETS, Schedule
+from ...ir.table import FIELDS
+from ...passes import SCHEDULE_PASSES, schedule
+from ...runtime.artifact import Artifact
+from ..reports.artifact import fused_program, stored_schedule
 from .kernel_report import KernelReport, body_formats, budget, problems, report
 from .machines import Machine, machine_for
-from .report import fused_program, stored_schedule
 from .step_model import StepModel, model
 from .step_work import measured_costs
 from .sync_lint import lint
@@ -61,7 +61,7 @@ def find_target(artifact: Artifact, wanted: str) -> GpuView | None:
 
 
 def _arch(name: str) -> str:
-    from ..ir.errors import CompileError
+    from ...ir.errors import CompileError
 
     try:
         return machine_for(name).arch

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import networkx as nx
 
-from ..codegen.triton.build import run_tool
-from ..ir.errors import HostError
+from ...codegen.triton.build import run_tool
+from ...ir.errors import HostError
 
 GENERATED = "<onelaunch_step_"  # how line information names the generated module
 MATRIX = ("HMMA", "HGMMA", "QMMA", "IMMA", "UTCHMMA")  # tensor-core instructions

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..ir.phases import Phase
-from ..ir.schedule import Schedule
-from ..ir.table import Asked
+from ...ir.phases import Phase
+from ...ir.schedule import Schedule
+from ...ir.table import Asked
 from .machines import ISSUE_LANES, Machine
 from .step_ahead import Ahead, Ask
 from .step_work import INSTRUCTIONS_PER_VALUE, INSTRUCTIONS_PER_WEIGHT, Cost, Share, Work, phase_records

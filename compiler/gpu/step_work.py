@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from ..ir.bodies import part_of
-from ..ir.formats import FORMATS
-from ..ir.graph import Graph
-from ..ir.limits import partial_floats
-from ..ir.ops import Attend, Embed, ExpertLinear
-from ..ir.phases import STATE_WRITERS, Phase
-from ..ir.schedule import (
+from ...ir.bodies import part_of
+from ...ir.formats import FORMATS
+from ...ir.graph import Graph
+from ...ir.limits import partial_floats
+from ...ir.ops import Attend, Embed, ExpertLinear
+from ...ir.phases import STATE_WRITERS, Phase
+from ...ir.schedule import (
     Section,
     Task,
     packed_name,
@@ -22,8 +22,8 @@ from ..ir.schedule import (
     part_weight,
     unit_bytes,
 )
-from ..ir.table import Asked
-from ..ir.types import seen_tokens
+from ...ir.table import Asked
+from ...ir.types import seen_tokens
 from .kernel_report import KernelReport
 
 INSTRUCTIONS_PER_WEIGHT = {4: 3.2, 8: 2.5}  # where no kernel was measured: what ours must not exceed, by bits

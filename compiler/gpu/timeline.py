@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..ir.schedule import Schedule
+from ...ir.schedule import Schedule
 from .step_model import PhaseTime, StepModel
 from .step_work import Work
 

@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..ir.errors import UsageError
-from ..ir.formats import FORMATS
-from ..ir.gptq import gptq
-from ..ir.graph import Graph, Program
-from ..ir.ops import Embed, Linear
-from ..models.checkpoint import Checkpoint
-from ..models.importer import Imported, Rounded
-from ..passes.quantize import CALIBRATED
+from ...ir.errors import UsageError
+from ...ir.formats import FORMATS
+from ...ir.gptq import gptq
+from ...ir.graph import Graph, Program
+from ...ir.ops import Embed, Linear
+from ...models.checkpoint import Checkpoint
+from ...models.importer import Imported, Rounded
+from ...passes.quantize import CALIBRATED
+from ..check.reference_weights import ReferenceWeights
 from .layerwise import LayerRun
-from .reference_weights import ReferenceWeights
 from .text_file import checkpoint_tokenizer, read_text
 
 PIECE = 512  # tokens of a sequence of the calibration text

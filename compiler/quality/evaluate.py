@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ir.errors import UsageError, nearest
-from ..ir.limits import Limits
-from ..models.importer import Imported, import_checkpoint
-from ..models.open import open_checkpoint
-from ..passes.quantize import FLOATS, SCHEMES
-from ..runtime import Artifact, Model, load
-from ..runtime.load import read_tokenizer
-from ..runtime.tokenizer import Tokenizer
+from ...ir.errors import UsageError, nearest
+from ...ir.limits import Limits
+from ...models.importer import Imported, import_checkpoint
+from ...models.open import open_checkpoint
+from ...passes.quantize import FLOATS, SCHEMES
+from ...runtime import Artifact, Model, load
+from ...runtime.load import read_tokenizer
+from ...runtime.tokenizer import Tokenizer
+from ..driver import POLICY, Request, calibrate, compile_model, quant_policy, quantized, silent
+from ..ondemand import is_artifact
+from ..reports.artifact import overview
 from .calibrate import read_pieces
-from .driver import POLICY, Request, calibrate, compile_model, quant_policy, quantized, silent
-from .ondemand import is_artifact
 from .perplexity import Window, windows
-from .report import overview
 from .scoring import ReferenceLogits, score_windows
 from .sensitivity import Sensitivity, sensitivities
 from .text_file import checkpoint_tokenizer, read_text

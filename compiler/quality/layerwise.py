@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.graph import Graph, Program
-from ..ir.reference import KvCache, RowBatch, evaluate, evaluate_all, running_name, weights_of
+from ...ir.graph import Graph, Program
+from ...ir.reference import KvCache, RowBatch, evaluate, evaluate_all, running_name, weights_of
 
 Weights = Mapping[str, Any]
 

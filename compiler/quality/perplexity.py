@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..ir.errors import UsageError
+from ...ir.errors import UsageError
 
 Floats = NDArray[np.float64]
 ROWS = 64  # rows of logits at a time in float64, to bound the temporaries

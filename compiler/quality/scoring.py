@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.errors import HostError, UsageError, VerifyError
-from ..runtime import Model
+from ...ir.errors import HostError, UsageError, VerifyError
+from ...runtime import Model
 from .perplexity import Score, Tally, Window
 
 Logits = NDArray[np.float32]

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from ..ir.errors import CompileError
-from ..ir.formats import FORMATS
-from ..ir.graph import Program
-from ..models.importer import Imported
+from ...ir.errors import CompileError
+from ...ir.formats import FORMATS
+from ...ir.graph import Program
+from ...models.importer import Imported
+from ..check.reference_weights import ReferenceWeights
 from .layerwise import LayerRun
 from .perplexity import Tally, Window
-from .reference_weights import ReferenceWeights
 
 GROUPS = ("tensor", "name", "layer")  # what is rounded together
 SHARE = 0.5  # of the summed divergence that a policy gives the better scheme

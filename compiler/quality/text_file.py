@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from ..ir.errors import LoadError, UsageError
-from ..models.checkpoint import Checkpoint
-from ..runtime.tokenizer import Tokenizer
+from ...ir.errors import LoadError, UsageError
+from ...models.checkpoint import Checkpoint
+from ...runtime.tokenizer import Tokenizer
 
 
 def read_text(path: Path, option: str) -> str:

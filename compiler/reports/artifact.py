@@ -7,18 +7,18 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..codegen.cpu.units import STEP
-from ..ir.formats import FORMATS
-from ..ir.graph import Graph, Program
-from ..ir.limits import PAGE_TOKENS
-from ..ir.op import Op
-from ..ir.ops import Attend, ExpertLinear, MatrixOp
-from ..ir.phases import Phase
-from ..ir.schedule import Schedule, packed_name, part_experts, parts
-from ..ir.schedule_text import parse_schedule, show_task
-from ..ir.text import parse_program
-from ..ir.types import seen_tokens
-from ..runtime.artifact import Artifact
+from ...codegen.cpu.units import STEP
+from ...ir.formats import FORMATS
+from ...ir.graph import Graph, Program
+from ...ir.limits import PAGE_TOKENS
+from ...ir.op import Op
+from ...ir.ops import Attend, ExpertLinear, MatrixOp
+from ...ir.phases import Phase
+from ...ir.schedule import Schedule, packed_name, part_experts, parts
+from ...ir.schedule_text import parse_schedule, show_task
+from ...ir.text import parse_program
+from ...ir.types import seen_tokens
+from ...runtime.artifact import Artifact
 
 Row = dict[str, Any]
 
@@ -270,7 +270,7 @@ def _touches(graph: Graph, phase: Phase, names: set[str]) -> bool:
 
 def ir_text(artifact: Artifact, wanted: str) -> tuple[str, str]:
     """(file name, text) of the IR after one pass."""
-    from ..ir.errors import UsageError, nearest
+    from ...ir.errors import UsageError, nearest
 
     names = {n.partition("-")[2].removesuffix(".ir"): n for n in artifact.manifest.files if n.startswith("ir/")}
     if wanted not in names:

@@ -9,11 +9,11 @@ from typing import Any
 from ...ir.schedule import BUCKETS, Schedule
 from ...passes import SCHEDULE_PASSES, schedule
 from ...runtime.artifact import Artifact
-from .. import gpu_report
-from ..machines import machine_for
-from ..report import memory, overview, phases, stored_schedule
-from ..step_model import StepModel, model
+from ..gpu import report as gpu_report
+from ..gpu.machines import machine_for
+from ..gpu.step_model import StepModel, model
 from ..tune.calibrate import cpu_costs, cpu_machine
+from .artifact import memory, overview, phases, stored_schedule
 
 Row = dict[str, Any]
 CPU_JOIN_US, CPU_CLOCKS = 0.5, 0.03  # of a join and of a weight: assumed, `autotune` fits them to the machine

@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from ...ir.errors import HostError
 from ...runtime.artifact import Artifact
-from ..report import tuned_words
-from ..timeline import trace
+from ..gpu.timeline import trace
+from .artifact import tuned_words
 from .data import Report, Row, gather
 from .plots import COLOURS, WAIT, memory_plan, roofline, timeline
 

@@ -7,8 +7,8 @@ from html import escape
 from math import ceil, floor, log10
 from typing import Any
 
-from ..step_model import StepModel
-from ..timeline import trace
+from ..gpu.step_model import StepModel
+from ..gpu.timeline import trace
 from .data import Row, TargetView
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1240, 90, 20, 14, 46

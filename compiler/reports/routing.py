@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ir.errors import LoadError
+from ...ir.errors import LoadError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from ...ir.schedule import Schedule
 from ...passes import SCHEDULE_PASSES, schedule
 from ...runtime import load
-from ..machines import ISSUE_LANES, Machine, machines
-from ..step_model import model
-from ..step_work import Cost
+from ..gpu.machines import ISSUE_LANES, Machine, machines
+from ..gpu.step_model import model
+from ..gpu.step_work import Cost
 from .measured import Measured, Test, read_gbps
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from ...ir.limits import Limits
 from ...ir.text import show
 from ...ir.tuning import UNTUNED, Tuning
 from ..build import Level
-from ..machines import Machine
+from ..gpu.machines import Machine
 from ..target_list import Targets
 from .database import Found, find
 

@@ -23,12 +23,12 @@ from ...ir.limits import Limits
 from ...ir.schedule import Schedule
 from ...ir.tuning import UNTUNED, Tuning
 from ...passes import SCHEDULE_PASSES, schedule
-from ..gpu import misfits
-from ..gpu_process import compile_apart
-from ..kernel_report import body_formats, report
-from ..machines import Machine
-from ..step_model import StepModel, model
-from ..step_work import Cost, measured_costs
+from ..gpu.compile import misfits
+from ..gpu.kernel_report import body_formats, report
+from ..gpu.machines import Machine
+from ..gpu.process import compile_apart
+from ..gpu.step_model import StepModel, model
+from ..gpu.step_work import Cost, measured_costs
 from .result import Result, geometric_mean
 
 FULL_ISSUE_WARPS = 8  # two for each of an SM's four schedulers: a result takes four clocks, half of them are filled

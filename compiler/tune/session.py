@@ -18,9 +18,9 @@ from ...models.importer import Imported
 from ...passes import Options
 from ..build import Level, host_flags
 from ..driver import Request, import_model, quantization, request_targets, silent, thread_counts
-from ..gpu import refuse_formats, with_fewest_rows
+from ..gpu.compile import refuse_formats, with_fewest_rows
+from ..gpu.machines import Machine
 from ..lowering import Dump, run_graph_passes
-from ..machines import Machine
 from .database import Entry, user_file, write
 from .lookup import cpu_environment, gpu_environment, program_key
 from .measured import Measured, Test

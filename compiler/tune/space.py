@@ -21,7 +21,7 @@ from ...ir.schedule import part_bytes, part_weight, parts, unit_rows
 from ...ir.stream import PIECE
 from ...ir.tuning import CHOICES, CPU, GPU, Choice, Tuning
 from ..build import Level
-from ..machines import Machine
+from ..gpu.machines import Machine
 
 PANEL_USUAL = {2: 6, 1: 2, 0: 2}  # rows that the registers of a level hold (linear_act.h)
 GATHERED = 32  # rows that experts gather at a time

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onelaunch.compiler.report import fused_program
-from onelaunch.compiler.verify import COSINE, LEAD, compare_logits
+from onelaunch.compiler.check.verify import COSINE, LEAD, compare_logits
+from onelaunch.compiler.reports.artifact import fused_program
 from onelaunch.ir.schedule import BUCKETS, Schedule
 from onelaunch.ir.segments import cuts
 from onelaunch.passes import SCHEDULE_PASSES, schedule

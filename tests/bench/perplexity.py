@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onelaunch.compiler.evaluate import Asked, evaluate
-from onelaunch.compiler.text_file import checkpoint_tokenizer, read_text
+from onelaunch.compiler.quality.evaluate import Asked, evaluate
+from onelaunch.compiler.quality.text_file import checkpoint_tokenizer, read_text
 from onelaunch.models.open import open_checkpoint
 
 HERE = Path(__file__).parent
