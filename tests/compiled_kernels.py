@@ -36,14 +36,14 @@ SIZES = {
 LIMITS = {"rows": 16, "slots": 4, "context": 384, "outputs": 4}
 FAMILIES = {  # type of the checkpoint (or `mixed`), --quant, type of its numbers, of the cache
     "llama": ("llama", "", torch.bfloat16, "f32"),
-    "qwen2": ("qwen2", "fp8", torch.float32, "f32"),
+    "qwen2": ("qwen2", "int8", torch.float32, "f32"),
     "qwen3": ("qwen3", "int4", torch.float32, "bf16"),
     "gemma3": ("gemma3_text", "", torch.float32, "f32"),
     "every block format and f16": ("mixed", "", torch.float32, "f32"),
     "qwen2_moe": ("qwen2_moe", "int8", torch.float32, "f32"),
     "qwen3_moe": ("qwen3_moe", "int4", torch.float32, "f32"),
     "mixtral": ("mixtral", "", torch.bfloat16, "f32"),
-    "gpt_oss": ("gpt_oss", "", torch.float32, "f32"),
+    "gpt_oss": ("gpt_oss", "fp8", torch.float32, "f32"),
 }
 # What their checkpoints have besides SIZES. The experts of gpt-oss are in MXFP4.
 EXPERTS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import pytest
 
 from onelaunch.codegen.triton.build import Kernel
 from onelaunch.compiler.driver import Request, compile_imported, compile_model
-from onelaunch.compiler.gpu.compile import compile as gpu_module
+from onelaunch.compiler.gpu import compile as gpu_module
 from onelaunch.compiler.gpu.compile import misfits, refuse_formats
 from onelaunch.compiler.gpu.machines import machine_for
 from onelaunch.compiler.gpu.process import compile_apart

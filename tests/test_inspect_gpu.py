@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from onelaunch.compiler.cli import main
-from onelaunch.compiler.gpu.compile import report as gpu_report
+from onelaunch.compiler.gpu import report as gpu_report
 from onelaunch.compiler.gpu.report import find_target
 from onelaunch.ir.errors import UsageError
 from onelaunch.runtime import Artifact

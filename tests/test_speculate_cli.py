@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from onelaunch.compiler.cli.compile import _limits
+from onelaunch.compiler.cli.compile import limits_of
 from onelaunch.ir.limits import Limits
 from onelaunch.tests import small
 
@@ -47,7 +47,7 @@ def test_bench_measures_a_text_that_repeats_itself() -> None:
 
 def test_what_is_compiled_by_default_fits_the_other_limits() -> None:
     def made(rows: int = 256, slots: int = 4, outputs: int | None = None, speculate: str = "auto") -> Limits:
-        return _limits(rows, slots, None, outputs, "bf16", speculate)
+        return limits_of(rows, slots, None, outputs, "bf16", speculate)
 
     assert (made().drafts, made().outputs) == (4, 10)
     assert (made(speculate="off").drafts, made(speculate="off").outputs) == (0, 8)

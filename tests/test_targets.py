@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from onelaunch.compiler.gpu.compile import machines as registry
+from onelaunch.compiler.gpu import machines as registry
 from onelaunch.compiler.gpu.machines import (
     ARCHES,
     CONFIDENCE,

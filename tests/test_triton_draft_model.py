@@ -74,8 +74,7 @@ DRAFTS = 2
 SMALL = Limits(rows=12, slots=2, context=128, outputs=6, few_rows=4, drafts=DRAFTS, kv_dtype="f32", drafter="model")
 
 
-@pytest.mark.parametrize("drafter", ["itself", "a stranger"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(("family", "drafter"), [("llama", "itself"), ("gemma3", "a stranger")])
 def test_whole_steps_say_what_the_model_says_alone(family: str, drafter: str) -> None:
     """The prompt in two chunks, the first without outputs: the draft model's weights lie behind the head's."""
     sizes = {} if family == "gemma3" else {"layers": 1}

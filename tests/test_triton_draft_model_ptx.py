@@ -17,10 +17,10 @@ pytestmark = group(FAMILY)
 COUNT, DRAFTS = 8, 2
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def step(request: pytest.FixtureRequest) -> CompiledStep:
-    """Drafting for itself, and one whose weights are of another format."""
-    return CompiledStep(FAMILY, 90, DRAFTS, request.param)
+@pytest.fixture(scope="module")
+def step() -> CompiledStep:
+    """One whose weights are of another format drafts."""
+    return CompiledStep(FAMILY, 90, DRAFTS, "qwen2")
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
@@ -48,7 +48,5 @@ def test_text_is_the_cpu_targets_without_drafts(step: CompiledStep, compiled: Ar
         steps += 1
     assert not gpu.faulted()
     assert state["slot_tokens"][0, :COUNT].tolist() == said
-    drafted, held = int(state["slot_drafted"][0].sum()), int(state["slot_accepted"][0].sum())
-    assert held == COUNT - steps
-    if step.program.drafter is not None and step.program.drafter.name == FAMILY:
-        assert held == drafted > 3
+    assert int(state["slot_accepted"][0].sum()) == COUNT - steps
+    assert int(state["slot_drafted"][0].sum()) > 3
