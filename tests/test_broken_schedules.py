@@ -31,7 +31,7 @@ BASES = (
     *((f"{family} with a draft model", bucket, 2) for family in ("llama", "gemma3") for bucket in BUCKETS),
 )
 PROMPTS = ([3, 5], [9])
-PER_BASE = 9  # mutants of each kind
+PER_BASE = 8  # mutants of each kind
 ALWAYS_WRONG = ("dropped_signal", "wrong_target", "dropped_task", "doubled_task", "wrong_range", "wrong_drain")
 INTERLEAVINGS = (("random", 1), ("burst", 3), ("highest", 0))
 

@@ -1,0 +1,1 @@
+"""An artifact against what its program means, and a table against its schedule."""

@@ -1,0 +1,1 @@
+"""What a format costs in quality, and weights chosen by a text."""
