@@ -11,7 +11,7 @@ from ..ir.errors import LoadError, OnelaunchError
 from ..ir.limits import PAGE_TOKENS, Field, Limits, state_fields
 from .cuda_target import CudaTarget
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_GROUPS = 8  # cache groups an `OlMemory` has room for
 WEIGHTS = "weights/weights.safetensors"
 SHAPE: dict[str, type] = {
