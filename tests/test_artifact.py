@@ -17,6 +17,7 @@ from onelaunch.runtime import artifact as artifact_module
 from onelaunch.runtime import host
 from onelaunch.runtime.artifact import Artifact
 from onelaunch.runtime.load import load
+from onelaunch.runtime.manifest import SCHEMA
 from onelaunch.runtime.memory import HUGE_PAGE, Buffer
 from onelaunch.tests import toy
 
@@ -128,7 +129,7 @@ def test_a_cut_file_a_missing_file_and_a_stranger_are_named(root: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"schema": 1}, "expected `schema` 3, got 1"),
+        ({"schema": 1}, f"expected `schema` {SCHEMA}, got 1"),
         ({"vocab": 300}, r"expected `stride` >= vocab 300, got 272"),
         ({"vocab": "300"}, "expected `vocab` to be int, got str"),
         ({"vocab": 261}, None),
