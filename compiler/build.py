@@ -98,23 +98,24 @@ def compile_library(sources: Sequence[Path], library: Path, level: Level) -> str
     Objects of units that models share are kept beside the kernels that artifacts run from (`runtime/host.py`).
     """
     command = tuple(find_compiler())
+    version = _version(command)
     machine = level.options if platform.machine() in ("x86_64", "AMD64") else ()
     caution = [CAUTION] if _accepts(command, CAUTION) else []
     flags = [*FLAGS, *machine, *caution, f"-DOL_LEVEL={level.number}"]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(host.cores()) as pool:
-        objects = list(pool.map(lambda source: _object([*command, *flags], source, Path(folder)), sources))
+        objects = list(pool.map(lambda source: _object([*command, *flags], version, source, Path(folder)), sources))
         _run([*command, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
-    return _version(command)
+    return version
 
 
-def _object(command: list[str], source: Path, folder: Path) -> Path:
+def _object(command: list[str], version: str, source: Path, folder: Path) -> Path:
     """One compiled source: in `folder`, or kept from the last time unless it is the model's own."""
     made = folder / f"{source.stem}.o"
     compiling = [*command, "-c", str(source), "-o", str(made)]
     if source.stem == STEP:
         _run(compiling)
         return made
-    factors = [source.read_text(), *command, _version(tuple(find_compiler()))]
+    factors = [source.read_text(), *command, version]
     kept = host.kernel_folder() / f"{hashlib.sha256(chr(0).join(factors).encode()).hexdigest()}.o"
     if not kept.exists():
         _run(compiling)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onelaunch.codegen.cpu.units import HEADER_CHOICES, TEMPLATES
 from onelaunch.compiler import driver
 from onelaunch.compiler.build import LEVELS, host_level
 from onelaunch.compiler.gpu.machines import machine_for
@@ -102,6 +103,13 @@ def test_no_choice_of_a_processor_changes_a_bit(
     assert "#define OL_CACHE_FETCH 1024\n" in units["attend_bf16"]
     record = Artifact.open(tmp_path / "tuned").manifest.raw["tuned"][host_level().name]
     assert (record["source"], record["applied"]) == ("live", EVERY)
+
+
+@pytest.mark.parametrize("name", ["fetch", "split", *HEADER_CHOICES])
+def test_the_header_of_the_kernels_has_the_defaults(name: str) -> None:
+    """What nobody chose is not defined, so that models share their kernels."""
+    header = (TEMPLATES / "tuning.h").read_text()
+    assert f"#define OL_{name.upper()} {CHOICES[name].default} " in header
 
 
 def test_a_split_of_another_size_gives_the_tokens_of_the_reference() -> None:

@@ -18,8 +18,8 @@ OL_INLINE const uint8_t* opaque(const uint8_t* p) {
   return p;
 }
 
-// FETCH bytes behind what is read (ir/tuning.py). Every other line: a sign for the processor's own prefetcher, which brings the rest. Measured on Zen 4: all lines, into
-// L1 or further ahead, are 10 to 40 % slower, none at all up to 10 %.
+// FETCH bytes behind what is read (ir/tuning.py). Every other line: a sign for the processor's own prefetcher, which
+// brings the rest. Measured on Zen 4: all lines, into L1 or further ahead, are 10 to 40 % slower, none at all up to 10 %.
 template <int BYTES, int FETCH>
 OL_INLINE void prefetch_ahead(const uint8_t* w) {
   OL_UNROLL for (int line = 0; line < BYTES; line += 2 * LINE) prefetch_l2(w + FETCH + line);

@@ -1,4 +1,5 @@
-// What a step asks of a weight format; linear.h is how. Each format's kernels are a unit of their own (units/linear.cpp.j2).
+// What a step asks of a weight format; linear.h is how. Each format's kernels are a unit of their own
+// (units/linear.cpp.j2).
 #pragma once
 #include "linear_act.h"
 
